@@ -1,0 +1,330 @@
+"""The typed config: defaults < YAML < `key=value`. The one place that knows a key."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from hybrid_dist.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A mapping of the config: unknown keys and wrong types are refused, values can't change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: FileName
+    """The run's folder is `dir/name`."""
+    dir: str = "runs"
+    """Where runs are kept."""
+    seed: int = Field(0, ge=0)
+    """Everything random follows from it: order of samples, augmentation, dropout, fresh weights."""
+
+
+class DataConfig(Section):
+    train_csv: str
+    """Annotations of the training split."""
+    train_images: str
+    """Folder of its pictures."""
+    val_csv: str
+    """Annotations of the validation split."""
+    val_images: str
+    """Folder of its pictures."""
+    image_size: int = Field(224, ge=32)
+    """Side in pixels of the square that the model sees; the whole aircraft is fitted into it."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Loader processes per rank; `auto`: the machine's cores shared among its ranks."""
+    packed: Literal["auto", "always", "never"] = "auto"
+    """Whether to read from a packed copy of the pictures."""
+    augment: bool = True
+    """Augment the training pictures, as far as each sample's labels stay true."""
+
+
+class BranchConfig(Section):
+    name: str
+    """A timm model name, with its pretrained tag where it has several."""
+    kwargs: dict[str, Any] = {}
+    """More arguments of the timm model."""
+    weights: str = "hub"
+    """`hub`, a local .safetensors or .pth, a run's folder, or `scratch`."""
+
+
+class ModelConfig(Section):
+    cnn: BranchConfig | None
+    """The convolutional branch."""
+    transformer: BranchConfig | None
+    """The transformer branch; null for a single-backbone baseline."""
+    fusion: str = "concat"
+    """How the branches' features become one: concat, add, attention, gated, cross_attention."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Dropout before each head's linear layers."""
+    allow_scratch: bool = False
+    """Says that training a branch from random weights is meant."""
+
+    @model_validator(mode="after")
+    def _some_branch(self) -> ModelConfig:
+        if self.cnn is None and self.transformer is None:
+            raise ValueError("give model.cnn, model.transformer or both")
+        return self
+
+
+SCORE_WEIGHTS = {"type": 0.5, "airline": 0.2, "clarity": 0.15, "block": 0.15}
+
+
+class TaskConfig(Section):
+    kind: Literal["classification", "regression"]
+    """Classes with cross-entropy, or a score in 0–1 with smooth L1."""
+    column: str
+    """The CSV's column. `…name` and `…id` columns go together."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """The task's share in the loss."""
+    score_weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """The task's share in `val/score`. Default: type 0.5, airline 0.2, clarity and block 0.15, any other 0.25."""
+    sensitive_to: list[Literal["sharpness", "occlusion", "colour"]] | None = None
+    """What augmentation must not touch in a sample that carries this label. Default: by column, else all of it."""
+
+    def share(self, name: str) -> float:
+        """The task's weight in `val/score`."""
+        return self.score_weight if self.score_weight is not None else SCORE_WEIGHTS.get(name, 0.25)
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(64, ge=1)
+    """Samples in an optimizer step, over all processes: the only batch size that the result depends on."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Samples that a process takes at a time; accumulation follows."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the forward pass; weights and optimizer stay fp32."""
+    weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
+    """AdamW's, on matrices and convolutions alone."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's."""
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Gradients are scaled down to this global norm."""
+
+
+class PhaseConfig(Section):
+    name: FileName
+    """The phase's name, as in `--phase NAME` and `phase_NAME/`."""
+    trainable: list[str] = Field(min_length=1)
+    """Parts (heads, fusion, cnn, transformer, all) or patterns of parameter names; the rest is frozen."""
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """How long, in passes over the training split,"""
+    steps: int | None = Field(None, ge=1)
+    """or in optimizer steps."""
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    """Peak learning rate."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
+    start: Literal["best", "last"] = "best"
+    """Which weights of the phase before this one begins with."""
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> PhaseConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints, besides the one at each epoch's end."""
+    keep: int = Field(3, ge=1)
+    """The newest so many stay."""
+
+
+class TrackingConfig(Section):
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between lines in metrics.jsonl."""
+
+
+class DebugConfig(Section):
+    trace: bool = False
+    """Write trace.jsonl: sample ids, pixel digest and loss of each optimizer step."""
+
+
+def default_phases() -> list[PhaseConfig]:
+    """Heads and fusion, then the transformer too, then everything."""
+    return [
+        PhaseConfig(name="a", trainable=["heads", "fusion"], epochs=5, lr=1e-3),
+        PhaseConfig(name="b", trainable=["heads", "fusion", "transformer"], epochs=10, lr=5e-5),
+        PhaseConfig(name="c", trainable=["all"], epochs=15, lr=1e-5),
+    ]
+
+
+class Config(Section):
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    tasks: dict[Name, TaskConfig] = Field(min_length=1)
+    train: TrainConfig = TrainConfig()
+    phases: list[PhaseConfig] = Field(default_factory=default_phases, min_length=1)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _distinct_phases(self) -> Config:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases need different names, got {', '.join(names)}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.dir) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The resolved config, as `load_config` reads it."""
+        out = io.StringIO()
+        yaml = YAML()
+        yaml.default_flow_style = False
+        yaml.dump(self.model_dump(mode="json"), out)
+        return out.getvalue()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `key.path=value` in order, and check everything.
+
+    Raises:
+        UserError: the file can't be read, or a key or value is refused; names the file, the key and what would do.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Check plain values, as they stand in YAML; `source` names them in messages."""
+    try:
+        # JSON mode: strict on types, yet a list in YAML may stand for a tuple.
+        return Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [_explain(entry) for entry in error.errors()]
+        raise UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no config {path}" + (f"; in {path.parent} there is {', '.join(near)}" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of keys, this holds {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in place; the value is read as YAML, list entries are named by their index."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: expected key.path=value")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        value = text
+    node: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[_index(node, part, key)] if isinstance(node, list) else _child(node, part, values, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: dict[str, Any], part: str, values: dict[str, Any], key: str) -> Any:
+    if node is values and part == "phases" and "phases" not in node:
+        node["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in default_phases()]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        raise UserError(f"{key}: {part} is a single value, it has no keys below it")
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{key}: {part!r} is not an index into a list of {len(node)}; 0 to {len(node) - 1} would do")
+    return int(part)
+
+
+def _explain(entry: Any) -> str:
+    """One line for one of pydantic's errors."""
+    location = [str(part) for part in entry["loc"]]
+    section, valid = _valid_keys(location)
+    key = ".".join(location) or "config"
+    if entry["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], valid, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        return f"{key}: unknown key; {hint or section + ' has ' + ', '.join(valid)}"
+    if entry["type"] == "missing":
+        return f"{key}: missing, it has no default"
+    message = entry["msg"].removeprefix("Value error, ")
+    shown = entry["input"]
+    got = f", got {shown!r}" if isinstance(shown, str | int | float | bool) or shown is None else ""
+    return f"{key}: {message[0].lower() + message[1:]}{got}"
+
+
+def _valid_keys(location: Sequence[str]) -> tuple[str, list[str]]:
+    """The section that the key at `location` stands in, and the keys that it has."""
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        found = _section_type(model, part)
+        if found is None:
+            continue
+        model = found
+    name = ".".join(location[:-1]) or "a config"
+    return name, list(model.model_fields)
+
+
+def _section_type(model: type[BaseModel], part: str) -> type[BaseModel] | None:
+    """The section below `part`, looking through lists, mappings and optionals."""
+    field = model.model_fields.get(part)
+    if field is None:
+        return None
+    candidates: list[Any] = [field.annotation]
+    while candidates:
+        candidate = candidates.pop()
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+        candidates.extend(getattr(candidate, "__args__", ()))
+    return None
+
+
+def reference() -> Iterable[tuple[str, str, str]]:
+    """Every key with its default and its meaning, for the README's table."""
+    yield from _reference(Config, "")
+
+
+def _reference(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        section = _section_type(model, name)
+        if section is None:
+            default = "required" if field.is_required() else json.dumps(field.default)
+            yield prefix + name, default, field.description or ""
+        else:
+            many = {"tasks": ".NAME", "phases": ".N"}.get(name, "")
+            yield from _reference(section, f"{prefix}{name}{many}.")

@@ -1,0 +1,530 @@
+"""A split's CSV as a table: file names and labels, checked, in arrays that forked workers share without a copy.
+
+Columns come in as text through Arrow and are dictionary-encoded there, so that every rule below looks at distinct
+values, not at rows: ten million rows cost seconds. Blank means «no label» everywhere, never class 0 or a perfect score.
+"""
+
+from __future__ import annotations
+
+import csv as csv_module
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from hybrid_dist.config import TaskConfig
+from hybrid_dist.data.labels import ClassMap, label_columns, read_class_file
+from hybrid_dist.errors import UserError
+
+SHOWN = 3
+"""Offending lines that a message names before it only counts."""
+
+_BLANK_NUMBERS = frozenset({"", "nan", "na", "null", "none"})
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+# pandas writes an integer column that has blanks as 0.0, 1.0, …
+_ID = re.compile(r"[+-]?(\d{1,18})(\.0*)?", re.ASCII)
+_FILENAME_RULES = (
+    (r"^\s*$", "is blank"),
+    (r"^/|^[A-Za-z]:", "is absolute: give it relative to {images}"),
+    (r"\\", "has a backslash: write folders with /"),
+    (r"\x00", "has a NUL character"),
+    (r"(^|/)\.\.(/|$)", "leaves the folder {images}"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One split. Row `i` is the CSV's i-th data row.
+
+    `labels` has one array of shape (rows,) per task: int64 with -1 for no label (classification), or float32 with NaN
+    for no label (regression). `unseen` counts, per task, the labels of classes that the class map doesn't know; they
+    stand as «no label» in `labels`.
+    """
+
+    csv: Path
+    images: Path
+    filenames: pa.LargeStringArray
+    labels: dict[str, np.ndarray]
+    unseen: dict[str, dict[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.filenames)
+
+    def filename(self, row: int) -> str:
+        """The row's picture, relative to `images`."""
+        return str(self.filenames[row].as_py())
+
+    def valid(self, task: str) -> np.ndarray:
+        """Bool, shape (rows,): which rows carry the task's label."""
+        values = self.labels[task]
+        return ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
+
+    def valid_counts(self) -> dict[str, int]:
+        """Labelled rows per task."""
+        return {task: int(np.count_nonzero(self.valid(task))) for task in self.labels}
+
+
+def read_training(csv: Path, images: Path, tasks: Mapping[str, TaskConfig]) -> tuple[Table, dict[str, ClassMap]]:
+    """Read the training split and make the class maps that every other split is read with.
+
+    A task's ids come from `…_classes.json` beside the CSV, else from the id column, else from the sorted names.
+
+    Raises:
+        UserError: the CSV can't be used, as in `read_table`; a class is missing
+            from `…_classes.json`; or a task has no label.
+    """
+    sheet = _read_sheet(csv, tasks)
+    class_maps: dict[str, ClassMap] = {}
+    for name, task in tasks.items():
+        if task.kind == "classification":
+            cells = _class_cells(sheet, name, task.column)
+            class_maps[name] = _make_class_map(sheet, cells, task.column)
+    sheet.raise_problems()
+    table = _build(sheet, images, tasks, class_maps, training=True)
+    for name, count in table.valid_counts().items():
+        if count == 0:
+            raise UserError(f"{csv}: no label for task {name}: {tasks[name].column} is blank in all {len(table)} rows")
+    return table, class_maps
+
+
+def read_table(csv: Path, images: Path, tasks: Mapping[str, TaskConfig], class_maps: Mapping[str, ClassMap]) -> Table:
+    """Read a split with the class maps of the training split.
+
+    Raises:
+        UserError: no CSV, not UTF-8 or ragged, a column missing or twice, no rows, a file name blank or outside the
+            folder, a score that is no number in 0–1, an id that is no integer, or ids and names that contradict each
+            other or the class map. Names the lines as an editor counts them.
+    """
+    return _build(_read_sheet(csv, tasks), images, tasks, class_maps, training=False)
+
+
+def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) -> dict[str, dict[str, int]]:
+    """Rows of `other` per class that the map has (from a `…_classes.json`) but no training row carries, per task."""
+    found: dict[str, dict[str, int]] = {}
+    for task, class_map in class_maps.items():
+        known, counts = (np.bincount(t.labels[task][t.valid(task)], minlength=len(class_map)) for t in (train, other))
+        indices = np.flatnonzero((known == 0) & (counts > 0))
+        if len(indices):
+            found[task] = {class_map.classes[i]: int(counts[i]) for i in indices}
+    return found
+
+
+def check_pictures(table: Table) -> None:
+    """Check that every picture is there, with one listing per folder instead of a look per file.
+
+    Raises:
+        UserError: the folder or some pictures are missing; names the first few with their lines, and the count.
+    """
+    if not table.images.is_dir():
+        raise UserError(f"{table.images}: no such folder of pictures (for {table.csv})")
+    names = table.filenames.cast(pa.large_binary())
+    folders = pc.unique(pc.replace_substring_regex(table.filenames, r"[^/]*$", "")).to_pylist()
+    there = pa.chunked_array(_listed(table.images, folders), type=pa.large_binary())
+    missing = np.flatnonzero(~pc.is_in(names, value_set=there).to_numpy(zero_copy_only=False))
+    if len(missing):
+        shown = _shown(table.csv, missing, lambda row: repr(table.filename(row)))
+        raise UserError(f"{table.images}: {len(missing)} of {len(table)} pictures are missing ({table.csv}: {shown})")
+
+
+def _listed(images: Path, folders: Sequence[str]) -> Iterator[pa.Array]:
+    """Files in `folders` as the CSV spells them, in Arrow chunks: bytes, for not every name on disk is UTF-8."""
+    for folder in folders:
+        path = images / folder
+        prefix = folder.encode()
+        names: list[bytes] = []
+        if path.is_dir():
+            with os.scandir(os.fsencode(path)) as entries:
+                for entry in entries:
+                    if entry.is_file():
+                        names.append(prefix + entry.name)
+                    if len(names) == 100_000:
+                        yield pa.array(names, pa.large_binary())
+                        names = []
+        yield pa.array(names, pa.large_binary())
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column's distinct cells, stripped, and which of them each row holds: `codes` is int32 (rows,)."""
+
+    codes: np.ndarray
+    cells: pa.Array
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """The columns of a CSV that the tasks need, as text, and what was found wrong with them so far."""
+
+    csv: Path
+    header: list[str]
+    data: pa.Table
+    problems: list[str]
+
+    def column(self, name: str) -> _Column | None:
+        if name not in self.header:
+            return None
+        cells = self.data[name].unify_dictionaries().combine_chunks()
+        return _Column(cells.indices.to_numpy(), pc.utf8_trim_whitespace(cells.dictionary))
+
+    def report(self, rows: np.ndarray, complaint: str, cell: Callable[[int], str]) -> None:
+        """Note a complaint about `rows`, showing the first few of them."""
+        self.problems.append(f"{complaint}: {_shown(self.csv, rows, cell)}")
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            several = [""] if len(self.problems) > 1 else []
+            raise UserError(f"{self.csv}: " + "\n  ".join(several + self.problems))
+
+
+def _shown(csv: Path, rows: np.ndarray, cell: Callable[[int], str]) -> str:
+    first = [int(row) for row in rows[:SHOWN]]
+    parts = [f"line {line}: {cell(row)}" for row, line in zip(first, _lines(csv, first), strict=True)]
+    return ", ".join(parts) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
+
+
+def _records(csv: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each record with the line that it starts on, the header too; blank lines are none, as for Arrow."""
+    with csv.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv_module.reader(file)
+        line = 1
+        for record in reader:
+            if record:
+                yield line, record
+            line = reader.line_num + 1
+
+
+def _lines(csv: Path, rows: Sequence[int]) -> list[int]:
+    """Line numbers of data rows. Counted only for a message: blank lines and quoted line breaks shift them."""
+    wanted = set(rows)
+    found: dict[int, int] = {}
+    for row, (line, _) in enumerate(_records(csv), start=-1):
+        if row in wanted:
+            found[row] = line
+            if len(found) == len(wanted):
+                break
+    return [found.get(row, row + 2) for row in rows]
+
+
+def _read_header(csv: Path) -> list[str]:
+    try:
+        _, header = next(_records(csv), (0, []))
+    except FileNotFoundError:
+        raise UserError(f"no annotations {csv}") from None
+    except (OSError, csv_module.Error) as error:
+        raise UserError(f"{csv}: can't be read: {error}") from None
+    if not header:
+        raise UserError(f"{csv}: is empty; its first line names the columns: filename,typename,…")
+    if any("\0" in name or _undecodable(name) for name in header):
+        raise UserError(f"{csv}: line 1: not UTF-8 text; save it as «CSV UTF-8»")
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise UserError(f"{csv}: line 1: column {', '.join(twice)} stands there more than once")
+    return header
+
+
+def _needed(csv: Path, header: list[str], tasks: Mapping[str, TaskConfig]) -> list[str]:
+    """The header's columns that hold file names and the tasks' labels."""
+    needed: dict[str, None] = {}
+    wanted: list[tuple[str, list[str]]] = [("filename", ["filename"])]
+    for name, task in tasks.items():
+        columns = label_columns(task.column)
+        either = [columns.name, columns.id] if task.kind == "classification" and columns.id else [task.column]
+        wanted.append((f"task {name}", either))
+    for what, either in wanted:
+        present = [column for column in either if column in header]
+        if not present:
+            for_what = "" if what == "filename" else f" for {what}"
+            raise UserError(f"{csv}: no column {' or '.join(either)}{for_what}; there are {', '.join(header)}")
+        needed.update(dict.fromkeys(present))
+    return list(needed)
+
+
+def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig]) -> _Sheet:
+    header = _read_header(csv)
+    needed = _needed(csv, header, tasks)
+    text = pa.dictionary(pa.int32(), pa.string())
+    ragged: list[str] = []
+
+    def skip(row: Any) -> str:
+        ragged.append("")
+        return "skip"
+
+    try:
+        data = pa_csv.read_csv(
+            csv,
+            read_options=pa_csv.ReadOptions(block_size=4 << 20),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=needed,
+                column_types={column: pa.large_string() if column == "filename" else text for column in needed},
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        if "UTF8" in str(error):
+            raise UserError(f"{csv}: {_first_undecodable(csv)}not UTF-8 text; save it as «CSV UTF-8»") from None
+        if "cannot infer number of columns" in str(error):
+            raise UserError(f"{csv}: has a header but no rows") from None
+        raise UserError(f"{csv}: can't be read as CSV: {error}") from None
+    except OSError as error:
+        raise UserError(f"{csv}: can't be read: {error}") from None
+    if ragged:
+        raise UserError(f"{csv}: {_ragged(csv, len(header), len(ragged))}")
+    if data.num_rows == 0:
+        raise UserError(f"{csv}: has a header but no rows")
+    return _Sheet(csv, header, data, [])
+
+
+def _first_undecodable(csv: Path) -> str:
+    for line, record in _records(csv):
+        if any(_undecodable(cell) for cell in record):
+            return f"line {line}: "
+    return ""
+
+
+def _undecodable(text: str) -> bool:
+    """Whether `surrogateescape` had to stand in for bytes that aren't UTF-8."""
+    return any("\udc80" <= char <= "\udcff" for char in text)
+
+
+def _ragged(csv: Path, width: int, count: int) -> str:
+    odd: list[str] = []
+    for line, record in _records(csv):
+        if len(record) != width:
+            odd.append(f"line {line} has {len(record)}")
+        if len(odd) == min(SHOWN, count):
+            break
+    more = f" and {count - len(odd)} more" if count > len(odd) else ""
+    return f"the header has {width} columns, {', '.join(odd)}{more}; a value with a comma needs quotes around it"
+
+
+def _build(
+    sheet: _Sheet,
+    images: Path,
+    tasks: Mapping[str, TaskConfig],
+    class_maps: Mapping[str, ClassMap],
+    training: bool,
+) -> Table:
+    filenames = sheet.data["filename"].combine_chunks()
+    _check_filenames(sheet, filenames, images)
+    labels: dict[str, np.ndarray] = {}
+    unseen: dict[str, dict[str, int]] = {}
+    for name, task in tasks.items():
+        if task.kind == "regression":
+            labels[name] = _scores(sheet, task.column)
+            continue
+        labels[name], strangers = _class_labels(sheet, name, task.column, class_maps[name], training)
+        if strangers:
+            unseen[name] = strangers
+    sheet.raise_problems()
+    return Table(sheet.csv, images, filenames, labels, unseen)
+
+
+def _check_filenames(sheet: _Sheet, filenames: pa.LargeStringArray, images: Path) -> None:
+    # One pass for the usual case, that all is well; which rule it was matters only afterwards.
+    everything = "|".join(pattern for pattern, _ in _FILENAME_RULES)
+    if not pc.any(pc.match_substring_regex(filenames, everything)).as_py():
+        return
+    for pattern, complaint in _FILENAME_RULES:
+        rows = np.flatnonzero(pc.match_substring_regex(filenames, pattern).to_numpy(zero_copy_only=False))
+        if len(rows):
+            sheet.report(rows, "filename " + complaint.format(images=images), lambda row: repr(filenames[row].as_py()))
+
+
+def _scores(sheet: _Sheet, column: str) -> np.ndarray:
+    """A regression column as float32 (rows,), NaN where blank; what isn't a number in 0–1 is reported."""
+    found = sheet.column(column)
+    assert found is not None  # _needed has seen to it
+    blank = pc.is_in(pc.utf8_lower(found.cells), value_set=pa.array(sorted(_BLANK_NUMBERS)))
+    number = pc.match_substring_regex(found.cells, _NUMBER)
+    values = pc.if_else(number, found.cells, None).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    with np.errstate(invalid="ignore"):
+        bad = ~blank.to_numpy(zero_copy_only=False) & ~((values >= 0) & (values <= 1))
+    if bad.any():
+        rows = np.flatnonzero(bad[found.codes])
+        complaint = f"{column} must be a number in 0–1, or blank"
+        sheet.report(rows, complaint, lambda row: repr(found.cells[found.codes[row]].as_py()))
+    return np.asarray(values.astype(np.float32)[found.codes])
+
+
+@dataclass(frozen=True)
+class _ClassCells:
+    """Distinct (name, id) pairs of a task's columns; `codes` int (rows,) says which pair a row holds.
+
+    A name or an id is None where the CSV has no such column, and "" where the cell is blank.
+    """
+
+    name_column: str | None
+    id_column: str | None
+    names: list[str | None]
+    ids: list[str | None]
+    codes: np.ndarray
+
+    def rows(self, pair: int) -> np.ndarray:
+        return np.flatnonzero(self.codes == pair)
+
+    def labelled(self, pair: int) -> bool:
+        """The name decides where there is one: an id beside a blank name is somebody's default, not a label."""
+        name = self.names[pair]
+        return bool(name) if name is not None else bool(self.ids[pair])
+
+    def text(self, pair: int) -> str:
+        """The pair as a message shows it."""
+        return " / ".join(repr(part) for part in (self.names[pair], self.ids[pair]) if part)
+
+    def number(self, pair: int) -> int | None:
+        """The pair's id; None where blank, absent or no integer."""
+        match = _ID.fullmatch(self.ids[pair] or "")
+        return int(match[1]) if match and not match[0].startswith("-") else None
+
+
+def _class_cells(sheet: _Sheet, task: str, column: str) -> _ClassCells:
+    columns = label_columns(column)
+    name, number = sheet.column(columns.name), sheet.column(columns.id) if columns.id else None
+    id_cells = [] if number is None else [_blank_id(cell) for cell in number.cells.to_pylist()]
+    if name is None:
+        assert number is not None  # _needed has seen to it
+        cells = _ClassCells(None, columns.id, [None] * len(id_cells), list(id_cells), number.codes)
+    elif number is None:
+        cells = _ClassCells(columns.name, None, name.cells.to_pylist(), [None] * len(name.cells), name.codes)
+    else:
+        both = pa.array(name.codes.astype(np.int64) * len(id_cells) + number.codes).dictionary_encode()
+        pairs = both.dictionary.to_numpy()
+        names = name.cells.to_pylist()
+        cells = _ClassCells(
+            columns.name,
+            columns.id,
+            [names[pair // len(id_cells)] for pair in pairs],
+            [id_cells[pair % len(id_cells)] for pair in pairs],
+            both.indices.to_numpy(),
+        )
+    return cells
+
+
+def _blank_id(cell: str) -> str:
+    return "" if cell.lower() in _BLANK_NUMBERS else cell
+
+
+def _make_class_map(sheet: _Sheet, cells: _ClassCells, column: str) -> ClassMap:
+    """The training split's class map; what contradicts itself is reported, and the map is then of no use."""
+    from_file = read_class_file(sheet.csv, column)
+    if from_file is not None:
+        return from_file[1]
+    labelled = [pair for pair in range(len(cells.ids)) if cells.labelled(pair)]
+    numbered = {pair: number for pair in labelled if (number := cells.number(pair)) is not None}
+    if not numbered:
+        return ClassMap.from_names(name for pair in labelled if (name := cells.names[pair]))
+    _check_consistent(sheet, cells)
+    known = {cells.names[pair] for pair in numbered}
+    orphans = [pair for pair in labelled if not cells.ids[pair] and cells.names[pair] not in known]
+    if orphans:
+        complaint = f"{cells.name_column} without a {cells.id_column} on any line; fill it in, or drop that column"
+        sheet.report(np.flatnonzero(np.isin(cells.codes, orphans)), complaint, lambda row: cells.text(cells.codes[row]))
+    return ClassMap.from_ids({number: cells.names[pair] or str(number) for pair, number in numbered.items()})
+
+
+def _check_consistent(sheet: _Sheet, cells: _ClassCells) -> None:
+    """Report ids that go with two names and names that go with two ids within one split."""
+    if cells.name_column is None or cells.id_column is None:
+        return
+    by_id: dict[int, dict[str, int]] = {}
+    by_name: dict[str, dict[int, int]] = {}
+    for pair, name in enumerate(cells.names):
+        number = cells.number(pair)
+        if name and number is not None:
+            by_id.setdefault(number, {}).setdefault(name, pair)
+            by_name.setdefault(name, {}).setdefault(number, pair)
+    _report_clashes(sheet, cells, by_id, cells.id_column, cells.name_column)
+    _report_clashes(sheet, cells, by_name, cells.name_column, cells.id_column)
+
+
+def _report_clashes(
+    sheet: _Sheet, cells: _ClassCells, seen: Mapping[Any, Mapping[Any, int]], this: str, that: str
+) -> None:
+    clashes = {key: others for key, others in seen.items() if len(others) > 1}
+    for key, others in list(clashes.items())[:SHOWN]:
+        first = sorted((int(cells.rows(pair)[0]), other) for other, pair in others.items())
+        lines = _lines(sheet.csv, [row for row, _ in first[:SHOWN]])
+        shown = ", ".join(f"{other!r} (line {line})" for (_, other), line in zip(first, lines, strict=False))
+        sheet.problems.append(f"{this} {key!r} goes with more than one {that}: {shown}")
+    if len(clashes) > SHOWN:
+        sheet.problems.append(f"and {len(clashes) - SHOWN} more {this} values go with more than one {that}")
+
+
+def _class_labels(
+    sheet: _Sheet, task: str, column: str, class_map: ClassMap, training: bool
+) -> tuple[np.ndarray, dict[str, int]]:
+    """A classification task as int64 (rows,), -1 for none, and how often each class stands there that the map lacks."""
+    cells = _class_cells(sheet, task, column)
+    if cells.name_column is None and class_map.made:
+        sheet.problems.append(
+            f"has {cells.id_column} but no {label_columns(column).name}, and the training split had names alone"
+        )
+    _check_consistent(sheet, cells)
+    index_of = np.full(len(cells.ids), -1, np.int64)
+    wrong: dict[str, list[int]] = {}
+    strangers: list[int] = []
+    for pair in range(len(cells.ids)):
+        if not cells.labelled(pair):
+            continue
+        index_of[pair], complaint = _look_up(cells, pair, class_map)
+        if complaint:
+            wrong.setdefault(complaint, []).append(pair)
+        elif index_of[pair] < 0:
+            strangers.append(pair)
+    if strangers and training:
+        wrong[f"not in {label_columns(column).stem}_classes.json, which has {len(class_map)} classes"] = strangers
+        strangers = []
+    for complaint, pairs in wrong.items():
+        rows = np.flatnonzero(np.isin(cells.codes, pairs))
+        sheet.report(rows, f"{column} {complaint}", lambda row: _beside(cells, cells.codes[row], class_map))
+    return index_of[cells.codes], _count(cells, strangers)
+
+
+def _count(cells: _ClassCells, pairs: Sequence[int]) -> dict[str, int]:
+    """Rows per class name (or id, where there are no names) that hold one of `pairs`."""
+    rows = np.bincount(cells.codes, minlength=len(cells.ids))
+    counts: dict[str, int] = {}
+    for pair in pairs:
+        name = cells.names[pair] or str(cells.number(pair))
+        counts[name] = counts.get(name, 0) + int(rows[pair])
+    return counts
+
+
+def _look_up(cells: _ClassCells, pair: int, class_map: ClassMap) -> tuple[int, str]:
+    """The class index of a labelled pair (-1: not in the map) and what is wrong with the pair, if anything."""
+    name, number = cells.names[pair], cells.number(pair)
+    if cells.ids[pair] and number is None:
+        return -1, f"has an id that is no integer from 0 on (in {cells.id_column})"
+    by_id = -1 if number is None else class_map.by_id.get(number, -1)
+    if name is None:
+        return by_id, ""
+    by_name = class_map.by_name.get(name, -1)
+    if by_name < 0 and class_map.nameless:
+        return by_id, ""
+    # Ids that were made from sorted names say nothing about another split's own numbering: there the name decides.
+    if number is not None and not class_map.made and by_id != by_name:
+        return -1, "and its id contradict the class map of the training split"
+    return by_name, ""
+
+
+def _beside(cells: _ClassCells, pair: int, class_map: ClassMap) -> str:
+    """A pair, with the class that the map has under its id."""
+    index = class_map.by_id.get(-1 if (number := cells.number(pair)) is None else number)
+    known = "" if index is None or class_map.made else f" (the map has {class_map.classes[index]!r} as {number})"
+    return cells.text(pair) + known
+
+
+def describe_unseen(unseen: Mapping[str, Mapping[str, int]]) -> Iterable[str]:
+    """A line per task for the log: which classes the split has that training never saw, and in how many rows."""
+    for task, counts in unseen.items():
+        shown = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())[:10])
+        more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+        rows = sum(counts.values())
+        yield f"{task}: {rows} rows of classes that training never saw count as unlabelled: {shown}{more}"

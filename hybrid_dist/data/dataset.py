@@ -1,0 +1,219 @@
+"""Samples as batches: decode, augment, label, in loader processes that only ever see `(epoch, row)` keys."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import xxhash
+from torch.utils.data import DataLoader, Dataset
+
+from hybrid_dist.data.annotations import Table
+from hybrid_dist.data.augment import Augment, sample_key
+from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
+from hybrid_dist.data.pictures import read_picture
+from hybrid_dist.errors import UserError
+
+MOST_WORKERS = 16
+"""Of `auto`: past this many a rank's accelerator is the slower side, and each worker costs memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch of `m` places.
+
+    images: uint8 (m, 3, S, S), RGB, channels-last in memory; padding is zeros.
+    labels: per task (m,): int64 with -1 for none, or float32 with NaN for none; padding has none.
+    rows: int64 (m,), row of the CSV, -1 for padding.
+    digests: int64 (m,), a hash of each picture's augmented pixels, 0 for padding; None unless asked for.
+    """
+
+    images: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    rows: torch.Tensor
+    digests: torch.Tensor | None = None
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; the loader calls it where it was told to pin."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels={task: values.pin_memory() for task, values in self.labels.items()},
+            rows=self.rows.pin_memory(),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the worker queue a tensor goes as a shared memory file with a descriptor: only pixels are worth that.
+        labels = {task: values.numpy() for task, values in self.labels.items()}
+        digests = None if self.digests is None else self.digests.numpy()
+        return _rebuild, (self.images, labels, self.rows.numpy(), digests)
+
+
+def _rebuild(
+    images: torch.Tensor, labels: dict[str, np.ndarray], rows: np.ndarray, digests: np.ndarray | None
+) -> Batch:
+    tensors = {task: torch.from_numpy(values) for task, values in labels.items()}
+    return Batch(images, tensors, torch.from_numpy(rows), None if digests is None else torch.from_numpy(digests))
+
+
+class Samples(Dataset[Batch]):
+    """A split's samples. Indexed with a list of keys `(epoch, row)`, it returns a whole `Batch`."""
+
+    def __init__(self, table: Table, augment: Augment, seed: int, phase: str, digest: bool = False) -> None:
+        self.table = table
+        self.augment = augment
+        self.seed = seed
+        self.phase = phase
+        self.digest = digest
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: Key) -> Batch:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Decode, augment and label the samples of `keys`; row -1 is padding.
+
+        Raises:
+            PictureError: a picture can't be used.
+        """
+        size = self.augment.image_size
+        rows = np.array([row for _, row in keys], np.int64)
+        labels, present = self._labels(rows)
+        images = np.zeros((len(keys), size, size, 3), np.uint8)
+        digests = np.zeros(len(keys), np.int64)
+        for place, (epoch, row) in enumerate(keys):
+            if row == PADDING:
+                continue
+            key = sample_key(self.seed, self.phase, epoch, row) if self.augment.train else 0
+            images[place] = self.augment(self.picture(row), present[place], key)
+            if self.digest:
+                digests[place] = pixel_digest(images[place])
+        return Batch(
+            torch.from_numpy(images).permute(0, 3, 1, 2),  # (m, S, S, 3) → (m, 3, S, S), a view
+            {task: torch.from_numpy(values) for task, values in labels.items()},
+            torch.from_numpy(rows),
+            torch.from_numpy(digests) if self.digest else None,
+        )
+
+    def picture(self, row: int) -> np.ndarray:
+        """The row's picture: uint8 (height, width, 3), RGB."""
+        return read_picture(self.table.images / self.table.filename(row))
+
+    def _labels(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], list[list[str]]]:
+        """Labels of `rows`, and for each of them the tasks that it has a label for."""
+        labels: dict[str, np.ndarray] = {}
+        present: list[list[str]] = [[] for _ in rows]
+        for task, column in self.table.labels.items():
+            none = np.nan if column.dtype.kind == "f" else -1
+            values = np.where(rows == PADDING, none, column[rows]).astype(column.dtype)
+            labels[task] = values
+            for place in np.flatnonzero(values == values if column.dtype.kind == "f" else values >= 0):
+                present[place].append(task)
+        return labels, present
+
+
+def pixel_digest(pixels: np.ndarray) -> int:
+    """64 bits of a picture's pixels, signed, as int64 holds them."""
+    digest = xxhash.xxh3_64_intdigest(np.ascontiguousarray(pixels).data)
+    return digest - (1 << 64) if digest >> 63 else digest
+
+
+class _Carrier(Dataset["Batch | UserError"]):
+    """Hands a user's error over as a value: torch would turn an exception into a RuntimeError with a traceback."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | UserError:
+        try:
+            return self.samples.__getitems__(keys)
+        except UserError as error:
+            return error
+
+
+class BatchLoader:
+    """Batches in the sampler's order. Once for a train sampler's whole phase, as often as you like for val."""
+
+    def __init__(self, loader: DataLoader[Batch | UserError]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises PictureError, in this process, when it is that batch's turn."""
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def make_loader(samples: Samples, sampler: TrainSampler | ValSampler, workers: int, pin_memory: bool) -> BatchLoader:
+    """A loader over `samples` in the order of `sampler`; what it yields does not depend on `workers`."""
+    cv2.setNumThreads(0)  # before any fork: OpenCV's thread pool does not survive one, and the workers are the threads
+    loader = DataLoader(
+        _Carrier(samples),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        # Forked workers share the table; spawned ones would each read their own copy.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,  # what waits lies in /dev/shm, which containers keep small
+        # Its own, or each iteration would draw from the global one, and dropout after a resume would differ.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return BatchLoader(loader)
+
+
+def resolve_workers(workers: Literal["auto"] | int, local_world_size: int) -> int:
+    """Loader processes for each rank; `auto` shares this machine's cores among its ranks and leaves each rank one."""
+    if workers != "auto":
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // local_world_size - 1, 0), MOST_WORKERS)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _ignore_signals()
+
+
+def _ignore_signals() -> None:
+    """A signal to the whole group or job is for the main process, which still needs batches to reach a checkpoint."""
+    for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
+    # SIGTERM from the parent is how it ends a worker that it has given up on (and how Python does so at exit).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,188 @@
+"""The data set on disk: rendered beside its place, moved there in one step, recognised when it is already there."""
+
+import csv
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+
+from hybrid_dist.data.synth.picture import AIRLINE_NAMES, COLUMNS, SPLITS, TYPE_NAMES, render_picture
+
+log = logging.getLogger(__name__)
+
+# Goes up when the pictures of a seed change, so that a data set of an older renderer is not taken for a current one.
+RENDERER = 1
+RECORD = "synth.json"
+JPEG_QUALITY = 92
+CHUNK = 25  # pictures a worker renders before it reports
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some pictures of one split, start <= index < stop."""
+
+    folder: str
+    split: str
+    start: int
+    stop: int
+    seed: int
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+def _render_chunk(job: Job) -> list[dict[str, str]]:
+    """Write a chunk's pictures and return their rows."""
+    rows = []
+    for index in range(job.start, job.stop):
+        picture, row = render_picture(job.split, index, job.seed)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)
+        # Not cv2.imwrite: it hides why a write failed.
+        Path(job.folder, row["filename"]).write_bytes(data.tobytes())
+        rows.append(row)
+    return rows
+
+
+def _rendered(jobs: list[Job], workers: int) -> Iterator[list[dict[str, str]]]:
+    """The rows of each job in order, whoever renders them."""
+    if workers == 1:
+        before = cv2.getNumThreads()
+        _one_thread()
+        try:
+            yield from map(_render_chunk, jobs)
+        finally:
+            cv2.setNumThreads(before)
+        return
+    # Spawned, not forked: the caller may hold threads (torch, cv2). An executor, not a Pool: there a killed worker
+    # is an error, not a hang.
+    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _one_thread) as pool:
+        yield from pool.map(_render_chunk, jobs)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _render_into(
+    folder: Path, counts: dict[str, int], seed: int, workers: int, progress: Callable[[int], None] | None
+) -> None:
+    """Both splits with pictures and CSV, the class files, and last the record."""
+    jobs = []
+    for split, count in counts.items():
+        (folder / split).mkdir()
+        jobs += [Job(str(folder / split), split, at, min(at + CHUNK, count), seed) for at in range(0, count, CHUNK)]
+    rows: dict[str, list[dict[str, str]]] = {split: [] for split in counts}
+    done = 0
+    for job, made in zip(jobs, _rendered(jobs, workers), strict=True):
+        rows[job.split] += made
+        done += len(made)
+        if progress is not None:
+            progress(done)
+    for split in counts:
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[split])
+    _write_json(folder / "type_classes.json", {"classes": list(TYPE_NAMES), "num_classes": len(TYPE_NAMES)})
+    _write_json(folder / "airline_classes.json", {"classes": list(AIRLINE_NAMES), "num_classes": len(AIRLINE_NAMES)})
+    _write_json(folder / RECORD, _record(counts, seed))
+
+
+def _record(counts: dict[str, int], seed: int) -> dict[str, int]:
+    return {"renderer": RENDERER, **counts, "seed": seed}
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        least = 0 if name == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _read_record(path: Path) -> object:
+    """What the record says, or None where there is none to be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_rendered(out: Path, train: int, val: int, seed: int) -> bool:
+    """Whether `out` already holds just this data set; ValueError where it holds anything else."""
+    _check_numbers(train=train, val=val, seed=seed)
+    counts = dict(zip(SPLITS, (train, val), strict=True))
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder that does not exist yet")
+    if not any(out.iterdir()):
+        return False
+    wanted, found = _record(counts, seed), _read_record(out / RECORD)
+    if found is None:
+        raise ValueError(
+            f"{out} exists and holds something that is not a rendered data set; name another folder or empty it"
+        )
+    if found != wanted:
+        raise ValueError(
+            f"{out} holds another data set: found {json.dumps(found)}, wanted {json.dumps(wanted)}; "
+            "name another folder or delete it"
+        )
+    _check_complete(out, counts)
+    return True
+
+
+def _check_complete(out: Path, counts: dict[str, int]) -> None:
+    """Refuse a data set that lost files since it was rendered."""
+    for split, count in counts.items():
+        pictures = sum(1 for _ in (out / split).glob("*.jpg"))
+        if pictures != count or not (out / f"{split}.csv").is_file():
+            raise ValueError(
+                f"{out} was rendered with {count} pictures in {split} but has {pictures} or no {split}.csv; "
+                "delete it to render it again"
+            )
+
+
+def render_dataset(
+    out: Path, train: int, val: int, seed: int, workers: int = 1, progress: Callable[[int], None] | None = None
+) -> None:
+    """Render `train` + `val` pictures with their annotations into the folder `out`.
+
+    The bytes depend on the numbers and the seed, not on `workers`. `progress` is told how many pictures are done so
+    far. What is already there with the same numbers is left as it is; a folder with anything else in it is a
+    ValueError.
+    """
+    _check_numbers(workers=workers)
+    out = Path(out).resolve()
+    if is_rendered(out, train, val, seed):
+        log.info("%s is already rendered with these numbers; nothing to do", out)
+        if progress is not None:
+            progress(train + val)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename stays on one file system.
+    building = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        _render_into(building, dict(zip(SPLITS, (train, val), strict=True)), seed, workers, progress)
+        _move(building, out, train, val, seed)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _move(building: Path, out: Path, train: int, val: int, seed: int) -> None:
+    """The finished folder to its place; another process that was faster with the same data set is fine."""
+    try:
+        building.rename(out)
+    except OSError:
+        if not is_rendered(out, train, val, seed):
+            raise

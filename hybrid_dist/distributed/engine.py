@@ -1,0 +1,145 @@
+"""What the loop sees of a backend: forward, backward, a step, and its state in portable pieces."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one parameter that this rank writes into a checkpoint.
+
+    `values` maps a kind (`weight`, `exp_avg`, `exp_avg_sq`) to a flat fp32 tensor of the run, a view where possible.
+    `step` counts the optimizer's updates of the parameter; None where it has no optimizer state.
+    """
+
+    name: str
+    start: int
+    values: dict[str, Tensor]
+    step: int | None
+
+
+@dataclass(frozen=True)
+class OptimizerSlice:
+    """Where the optimizer of this rank keeps the state of `numel` elements of parameter `name` from `start` on.
+
+    `key` is the tensor that the optimizer updates, the run begins at its flat element `offset`.
+    """
+
+    name: str
+    start: int
+    numel: int
+    key: Tensor
+    offset: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The run within `tensor`, which has the shape of `key`; flat. A copy where `tensor` is not contiguous."""
+        return tensor.detach().reshape(-1)[self.offset : self.offset + self.numel]
+
+    def fill(self, tensor: Tensor, values: Tensor) -> None:
+        """Write the run's `values` into `tensor`, which has the shape of `key`."""
+        if self.offset == 0 and self.numel == tensor.numel():
+            tensor.copy_(values.view(tensor.shape))
+        else:
+            tensor.view(-1)[self.offset : self.offset + self.numel].copy_(values)
+
+
+class Engine(ABC):
+    """A model in training on some topology."""
+
+    model: nn.Module
+    """The bare model. Under ZeRO 3 its parameters are partitioned: for names, modes and eval, not for values."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The model's outputs, under the run's precision; in training mode gradients can flow."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of `loss`, summed over ranks and micro batches; `last` closes the step's accumulation.
+
+        Under ZeRO the optimizer's step happens in here.
+        """
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clip, update, and clear the gradients."""
+
+    @abstractmethod
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradients before clipping. Waits for the device."""
+
+    @abstractmethod
+    def accumulating(self, last: bool) -> Any:
+        """A context for forward and backward of a micro batch."""
+
+    @abstractmethod
+    def set_lr(self, lr: float) -> None:
+        """The rate of the next step, for every parameter group in proportion to its `lr_scale`."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The innermost optimizer, whose state is keyed by `OptimizerSlice.key`."""
+
+    @abstractmethod
+    def slices(self) -> Iterator[OptimizerSlice]:
+        """All runs whose optimizer state lives on this rank."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """All runs that this rank writes; over the ranks they cover each parameter and its state exactly once."""
+
+    @abstractmethod
+    def extra_state(self) -> dict[str, Any]:
+        """Plain values beside the pieces: the loss scaler's."""
+
+    @abstractmethod
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `extra_state` gave, from whichever backend."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back."""
+
+    def load_optimizer(self, read: Any) -> None:
+        """Fill the optimizer's state from a checkpoint.
+
+        Args:
+            read: `(name, kind, start, numel) -> flat fp32 Tensor`, and `read.step(name) -> int | None`.
+        """
+        for part in self.slices():
+            step = read.step(part.name)
+            if step is None:
+                continue
+            state = self.optimizer.state[part.key]
+            if not state:
+                state.update(self._fresh_state(part.key, step))
+            for kind in MOMENTS:
+                part.fill(state[kind], read(part.name, kind, part.start, part.numel))
+
+    def _fresh_state(self, key: Tensor, step: int) -> dict[str, Any]:
+        """AdamW's state of `key` after `step` updates, its moments zero."""
+        return {"step": torch.tensor(float(step)), **{kind: torch.zeros_like(key) for kind in MOMENTS}}
+
+    def _piece(self, part: OptimizerSlice) -> Piece:
+        """A trainable run with its weight and, once there is one, its optimizer state."""
+        values = {"weight": part.view(part.key)}
+        state = self.optimizer.state.get(part.key) or {}
+        if state:
+            values.update({kind: part.view(state[kind]) for kind in MOMENTS})
+        return Piece(part.name, part.start, values, int(state["step"]) if state else None)
+
+
+def scaled_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set each group's rate to `lr` times its `lr_scale` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

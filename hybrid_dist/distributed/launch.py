@@ -1,0 +1,101 @@
+"""Launch facts: what `accelerate launch`, `torchrun` or plain `python` started, and on which device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+from hybrid_dist.distributed.control import Control
+from hybrid_dist.errors import UserError
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    label: str
+    accelerator: Accelerator
+    control: Control
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(precision: str) -> Topology:
+    """Join the other processes, if there are any, and choose the device.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`, as in `train.precision`.
+
+    Raises:
+        UserError: the device can't do the precision.
+    """
+    has_cuda = torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    _check_precision(precision, has_cuda)
+    group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=RENDEZVOUS_TIMEOUT)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if _under_launcher():
+        handlers.append(group)
+    if deepspeed and not has_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    accelerator = Accelerator(
+        # Without a GPU, accelerate must hear that the CPU is meant; with DeepSpeed it must not, or it leaves DeepSpeed out.
+        cpu=not has_cuda and not deepspeed,
+        # DeepSpeed does its own autocast (see zero.py): a second one around it is an error.
+        mixed_precision="no" if deepspeed or precision == "fp32" else precision,
+        kwargs_handlers=handlers,
+    )
+    return Topology(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_rank=max(accelerator.local_process_index, 0),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device=accelerator.device,
+        label=_label(accelerator),
+        accelerator=accelerator,
+        control=Control(accelerator.process_index, accelerator.num_processes),
+    )
+
+
+def _under_launcher() -> bool:
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _check_precision(precision: str, has_cuda: bool) -> None:
+    if precision == "fp16" and not has_cuda:
+        raise UserError("train.precision: fp16 needs a GPU for its loss scaler; bf16 or fp32 would do on this machine")
+    if precision == "bf16" and has_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"train.precision: {name} can't do bf16; fp16 or fp32 would do on this machine")
+
+
+def _label(accelerator: Accelerator) -> str:
+    processes = accelerator.num_processes
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        offload = ", offload" if plugin.hf_ds_config.is_offload() else ""
+        kind = f"ZeRO {plugin.zero_stage}{offload}"
+    else:
+        kind = "DDP" if processes > 1 else "one process"
+    return f"{kind} × {processes} on {accelerator.device.type}" if processes > 1 else f"{kind} on {accelerator.device.type}"
+
+
+def leave() -> None:
+    """Part from the other processes; safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""Choose the engine that the launch asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from hybrid_dist.config import TrainConfig
+from hybrid_dist.distributed.engine import Engine
+from hybrid_dist.distributed.launch import Topology
+from hybrid_dist.distributed.plain import PlainEngine
+
+
+def make_engine(
+    topology: Topology, model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, accumulation: int
+) -> Engine:
+    """Put `model` with AdamW over `groups` (as `param_groups` gives them) on the topology.
+
+    The model's weights have to be right by now: ZeRO takes its fp32 master copies from them.
+    """
+    options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
+    if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        model.to(topology.device)
+        return PlainEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
+    from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
+
+    config = configure(topology, train, accumulation)
+    if offloads_optimizer(config):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options))
+    return ZeroEngine(topology, model, torch.optim.AdamW(groups, **options))

@@ -1,0 +1,158 @@
+"""DeepSpeed, stages 0 to 3, with and without offload, through Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_dist.config import TrainConfig
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, scaled_lr
+from hybrid_dist.distributed.launch import Topology
+
+
+def configure(topology: Topology, train: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """Write what the run's config fixes into the launch file's DeepSpeed config, and return that."""
+    config: dict[str, Any] = topology.accelerator.state.deepspeed_plugin.deepspeed_config
+    config.update(
+        train_micro_batch_size_per_gpu=train.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        train_batch_size=train.micro_batch_size * accumulation * topology.world_size,
+        gradient_clipping=train.clip_norm,
+        steps_per_print=None,
+        # The right optimizer for offload is made in make.py; accelerate's own mapping would drop its betas.
+        zero_force_ds_cpu_optimizer=False,
+        zero_allow_untested_optimizer=True,
+    )
+    # Accelerate warns, and lets DeepSpeed win, when the two differ.
+    topology.accelerator.gradient_accumulation_steps = accumulation
+    for section in ("bf16", "fp16"):
+        config.pop(section, None)
+    if train.precision != "fp32":
+        # Ordinary autocast over fp32 parameters. "bf16": {"enabled": true} would cast the whole module, which timm's
+        # Swin does not survive.
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return config
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer state lives in host memory."""
+    return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+class ZeroEngine(Engine):
+    """A DeepSpeed engine. What requires a gradient is fixed when it is made: a phase has its own."""
+
+    def __init__(self, topology: Topology, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.topology = topology
+        self.accelerator = topology.accelerator
+        self.model = model
+        self.engine, self.prepared = self.accelerator.prepare(model, optimizer)
+        self.zero = self.engine.optimizer
+        self.stage = self.engine.zero_optimization_stage()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.zero if self.stage == 0 else self.zero.optimizer
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.engine(images)
+
+    def accumulating(self, last: bool) -> Any:
+        # DeepSpeed looks at the boundary in the forward pass already.
+        self.engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.accelerator.sync_gradients = last
+        # DeepSpeed takes the mean over ranks; the loss is a share of a sum over ranks and micro batches.
+        self.accelerator.backward(loss * self.topology.world_size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Nothing: `backward` of the last micro batch has made the step."""
+
+    def grad_norm(self) -> float:
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def set_lr(self, lr: float) -> None:
+        scaled_lr(self.zero, lr)
+
+    def slices(self) -> Iterator[OptimizerSlice]:
+        find = {0: self._slice_whole, 1: self._slice_flat, 2: self._slice_flat, 3: self._slice_partition}[self.stage]
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                part = find(name, parameter)
+                if part is not None:
+                    yield part
+
+    def _slice_whole(self, name: str, parameter: Any) -> OptimizerSlice:
+        return OptimizerSlice(name, 0, parameter.numel(), parameter, 0)
+
+    def _slice_flat(self, name: str, parameter: Any) -> OptimizerSlice | None:
+        """ZeRO 1 and 2: each rank keeps a contiguous part of every group's flat parameters."""
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        key = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return OptimizerSlice(name, inside.start, inside.numel, key, flat.start)
+
+    def _slice_partition(self, name: str, parameter: Any) -> OptimizerSlice | None:
+        """ZeRO 3: each rank keeps an equal part of every parameter, the last one padded."""
+        group, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = self.topology.rank * padded
+        numel = min(padded, parameter.ds_numel - start)
+        key = self.zero.fp32_partitioned_groups_flat[group]
+        return OptimizerSlice(name, start, numel, key, offset) if numel > 0 else None
+
+    def pieces(self) -> Iterator[Piece]:
+        world, rank = self.topology.world_size, self.topology.rank
+        if self.stage > 0:
+            yield from map(self._piece, self.slices())
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            if parameter.requires_grad and self.stage > 0:
+                continue
+            if self.stage == 3:
+                piece = self._frozen_partition(name, parameter)
+                if piece is not None:
+                    yield piece
+            elif index % world == rank:
+                yield self._piece(self._slice_whole(name, parameter))
+
+    def _frozen_partition(self, name: str, parameter: Any) -> Piece | None:
+        padded = parameter.ds_tensor.ds_numel
+        start = self.topology.rank * padded
+        numel = min(padded, parameter.ds_numel - start)
+        if numel <= 0:
+            return None
+        return Piece(name, start, {"weight": parameter.ds_tensor.detach().reshape(-1)[:numel]}, None)
+
+    def _fresh_state(self, key: Tensor, step: int) -> dict[str, Any]:
+        state = super()._fresh_state(key, step)
+        if type(self.optimizer).__name__ == "DeepSpeedCPUAdam":
+            state["step"] = step
+        return state
+
+    def extra_state(self) -> dict[str, Any]:
+        scaler = self._scaler()
+        return {"scaler": scaler.state_dict()} if scaler is not None else {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        scaler = self._scaler()
+        if scaler is not None and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+
+    def _scaler(self) -> Any:
+        if self.stage == 0:
+            return self.engine.torch_autocast_z0_gradscaler
+        return getattr(self.zero, "torch_autocast_gradscaler", None)
+
+    def close(self) -> None:
+        # Destroys DeepSpeed's engine, hooks and buffers with it.
+        self.accelerator.free_memory()
+        del self.engine, self.prepared, self.zero, self.model

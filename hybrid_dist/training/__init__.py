@@ -1,0 +1,1 @@
+"""Phases in order, one loop, its steps; tasks, optimizer and schedule."""

@@ -1,0 +1,329 @@
+"""A run: phases in order, each from where it stands to its end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors.torch import load_file
+
+from hybrid_dist.checkpoint import Found, PieceReader, Store, write_atomic
+from hybrid_dist.config import Config, PhaseConfig, load_config
+from hybrid_dist.data.annotations import (
+    Table, check_pictures, describe_unseen, read_table, read_training, untrained,
+)  # fmt: skip
+from hybrid_dist.data.augment import Augment
+from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
+from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
+from hybrid_dist.distributed import Engine, Topology, make_engine
+from hybrid_dist.errors import UserError
+from hybrid_dist.model.hybrid import Hybrid, build_model, check_model
+from hybrid_dist.tracking import Terminal, write_status
+from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.phase import Layout, Length, PhaseLoop
+from hybrid_dist.training.publish import describe_model, phase_folder, publish_best, publish_model
+from hybrid_dist.training.state import TrainState
+from hybrid_dist.training.stop import Stop, Stopped
+from hybrid_dist.training.tasks import Task, make_tasks
+
+DONE, STOPPED = 0, 75
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's fixed facts, the same from its first phase to its last."""
+
+    config: Config
+    folder: Path
+    topology: Topology
+    accumulation: int
+    class_maps: dict[str, ClassMap]
+    tasks: list[Task]
+    train_table: Table
+    val_table: Table
+    store: Store
+    stop: Stop
+    terminal: Terminal
+
+    def length(self, phase: PhaseConfig) -> Length:
+        return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
+
+    def build(self, load: bool) -> Hybrid:
+        """The model on the host, with its configured weights if `load`, else with fresh ones."""
+        config = self.config
+        classes = {name: len(found.classes) for name, found in self.class_maps.items()}
+        return build_model(config.model, config.tasks, classes, config.data.image_size, config.run.seed, load=load)
+
+    def loaders(self, phase: PhaseConfig, start: int, end: int) -> tuple[Any, Any]:
+        """Loaders of the phase's steps [start, end) and of a validation, for this rank."""
+        config, topology = self.config, self.topology
+        data, train, seed = config.data, config.train, config.run.seed
+        workers = resolve_workers(data.workers, topology.local_world_size)
+        pin = topology.device.type == "cuda"
+        augment = Augment(data.image_size, config.tasks, train=data.augment)
+        samples = Samples(self.train_table, augment, seed, phase.name, digest=config.debug.trace)
+        order = TrainSampler(
+            len(self.train_table), train.global_batch_size, train.micro_batch_size,
+            topology.rank, topology.world_size, seed, phase.name, start, end,
+        )  # fmt: skip
+        plain = Samples(self.val_table, Augment(data.image_size, config.tasks, train=False), seed, phase.name)
+        val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
+        return make_loader(samples, order, workers, pin), make_loader(plain, val_order, workers, pin)
+
+
+def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> int:
+    """Train what is left of the run, or of its phase `only`. Returns the exit code.
+
+    Raises:
+        UserError: something is the user's to fix; if it is found before training begins, nothing has been written.
+    """
+    terminal = Terminal(quiet=not topology.is_main)
+    stop = Stop(config.folder, topology.is_main)
+    stop.listen()
+    job = _agree(topology, lambda: prepare(config, topology, terminal, stop))
+    resumes = _agree(topology, lambda: check_folder(config, only, fresh))
+    model = None if resumes else _agree(topology, lambda: _first_model(job))
+    _claim_folder(job, fresh)
+    _report_unseen(job)
+    state = TrainState(config.phases[0].name)
+    try:
+        state = _train(job, state, only, model)
+        _status(job, "finished", state, _finish(job, state))
+        return DONE
+    except Stopped as asked:
+        _status(job, "stopped", asked.state, str(asked))
+        stop.done()
+        terminal.say(f"stopped at step {asked.state.step} ({asked}); the same command goes on from there")
+        return STOPPED
+    except BaseException as error:
+        _status(job, "failed", state, f"{type(error).__name__}: {error}")
+        raise
+
+
+def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) -> Job:
+    """Read and check everything that a run stands on, writing nothing."""
+    train = config.train
+    accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
+    data = config.data
+    if data.packed == "always":
+        raise UserError("data.packed: always, but there is no packed copy of these pictures; auto would do")
+    check_model(config.model, data.image_size)
+    train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
+    val_table = read_table(Path(data.val_csv), Path(data.val_images), config.tasks, class_maps)
+    if topology.world_size > len(train_table):
+        raise UserError(
+            f"{data.train_csv}: {len(train_table)} samples can't be shared by {topology.world_size} processes;"
+            f" {len(train_table)} processes or fewer would do"
+        )
+    if topology.is_main:
+        check_pictures(train_table)
+        check_pictures(val_table)
+    classes = {name: found.classes for name, found in class_maps.items()}
+    return Job(
+        config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
+        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table,
+        store=Store(config.folder / "checkpoints", config.checkpoint.keep, topology.control, terminal.say),
+        stop=stop, terminal=terminal,
+    )  # fmt: skip
+
+
+def _first_model(job: Job) -> Hybrid:
+    """The model as a new run begins with it; every phase's rule is tried on it."""
+    model = job.build(load=True)
+    for index, phase in enumerate(job.config.phases):
+        try:
+            model.set_trainable(phase.trainable)
+        except UserError as error:
+            raise UserError(f"phases.{index}.trainable: {error}") from None
+    return model
+
+
+def _agree(topology: Topology, check: Callable[[], T]) -> T:
+    """Run `check` on every rank; if it fails on any, it fails on all, with the first rank's message."""
+    result, message = None, None
+    try:
+        result = check()
+    except UserError as error:
+        message = str(error)
+    found = [text for text in topology.control.to_all(message) if text is not None]
+    if found:
+        raise UserError(found[0], shared=True)
+    return cast(T, result)
+
+
+def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
+    """Whether the run's folder holds this very run already.
+
+    Raises:
+        UserError: a phase that does not exist; a folder that is another run's, or no run's.
+    """
+    names = [phase.name for phase in config.phases]
+    if only is not None and only not in names:
+        raise UserError(f"--phase {only}: this config has the phases {', '.join(names)}")
+    folder = config.folder
+    if fresh or not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run's folder (it has no config.yaml); another run.name would do")
+    there = _identity(load_config(folder / "config.yaml"))
+    here = _identity(config)
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        what = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:4])
+        raise UserError(f"{folder} belongs to another config: {what}. Another run.name, or --fresh, would do")
+    return True
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The keys that a run's result follows from; what may differ from start to start is left out."""
+    values = config.model_dump(mode="json")
+    for section in ("run", "data", "train"):
+        values[section] = {key: value for key, value in values[section].items() if key not in _FREE[section]}
+    return dict(_flatten({key: value for key, value in values.items() if key not in _FREE[""]}, ""))
+
+
+# A data set may have moved since; whether it is the same one is seen by its contents (`_data_sums`).
+_FREE = {
+    "": {"checkpoint", "tracking", "debug"},
+    "run": {"dir"},
+    "data": {"workers", "packed", "train_csv", "train_images", "val_csv", "val_images"},
+    "train": {"micro_batch_size"},
+}
+
+
+def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(values, dict):
+        entries: Any = values.items()
+    elif isinstance(values, list):
+        entries = enumerate(values)
+    else:
+        return [(prefix, values)]
+    return [pair for key, value in entries for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _data_sums(config: Config) -> dict[str, str]:
+    """SHA-256 of each split's CSV."""
+    sums = {}
+    for split, path in (("train", config.data.train_csv), ("val", config.data.val_csv)):
+        with open(path, "rb") as file:
+            sums[split] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _claim_folder(job: Job, fresh: bool) -> None:
+    """Make the run's folder, with its config; under `--fresh` an old one keeps everything under another name."""
+    folder = job.folder
+    if job.topology.is_main:
+        if fresh and folder.exists():
+            kept = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            os.rename(folder, kept)
+            job.terminal.say(f"the old run is kept as {kept}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "config.yaml", job.config.to_yaml())
+        job.stop.clear_stale()
+    job.topology.control.barrier()
+
+
+def _report_unseen(job: Job) -> None:
+    for line in describe_unseen(job.val_table.unseen):
+        job.terminal.say(f"warning: validation: {line}")
+    for line in describe_unseen(untrained(job.train_table, job.val_table, job.class_maps)):
+        job.terminal.say(f"warning: validation: {line}")
+
+
+def _train(job: Job, state: TrainState, only: str | None, model: Hybrid | None) -> TrainState:
+    """Go through the phases that are left. Returns the state of the last one."""
+    found = job.store.newest()
+    names = [phase.name for phase in job.config.phases]
+    sums = _data_sums(job.config)
+    if found is not None:
+        state = TrainState.from_dict(found.state)
+        if state.data and state.data != sums:
+            changed = " and ".join(f"{split}_csv" for split in sums if sums[split] != state.data.get(split))
+            raise UserError(f"data.{changed}: not the data that {job.folder} was trained on; --fresh would start over")
+    state.data = sums
+    for index, phase in enumerate(job.config.phases):
+        if found is not None and (index < names.index(state.phase) or (phase.name == state.phase and state.finished)):
+            if only in (None, phase.name):
+                job.terminal.say(f"phase {phase.name} is finished")
+            continue
+        if only is not None and phase.name != only:
+            if names.index(only) > index:
+                raise UserError(f"--phase {only} needs phase {phase.name} finished first; --phase {phase.name} would do")
+            break
+        if state.phase != phase.name:
+            state = state.next_phase(phase.name)
+        _run_phase(job, phase, state, found, model)
+        found, model = job.store.newest(), None
+    return state
+
+
+def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> None:
+    """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
+    resumed = found is not None and found.state["phase"] == phase.name
+    if model is None:
+        model = job.build(load=False)
+        model.load_state_dict(_weights(job, phase, state, found, model))
+    model.set_trainable(phase.trainable)
+    layout = Layout.of(model)
+    engine = make_engine(
+        job.topology, model, param_groups(model, job.config.train.weight_decay), job.config.train, job.accumulation
+    )
+    try:
+        if resumed:
+            assert found is not None
+            engine.load_optimizer(PieceReader(found.shards))
+            engine.load_extra_state(state.engine)
+            if job.topology.is_main:
+                publish_best(job.folder, found.path, state, layout.shapes)
+        _announce(job, phase, state)
+        PhaseLoop(job, phase, state, engine, layout).run()
+    finally:
+        engine.close()
+
+
+def _weights(
+    job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid
+) -> dict[str, torch.Tensor]:
+    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
+    assert found is not None
+    before = found.state["phase"]
+    if before == phase.name or phase.start == "last":
+        return PieceReader(found.shards).weights(Layout.of(model).shapes)
+    return load_file(phase_folder(job.folder, before) / "best.safetensors")
+
+
+def _announce(job: Job, phase: PhaseConfig, state: TrainState) -> None:
+    length = job.length(phase)
+    at = f", from step {state.phase_step}" if state.phase_step else ""
+    job.terminal.say(
+        f"phase {phase.name}: {', '.join(phase.trainable)} for {length.total} steps"
+        f" of {job.config.train.global_batch_size} on {job.topology.label}{at}"
+    )
+
+
+def _finish(job: Job, state: TrainState) -> str:
+    """After the last phase, make `model/`. Returns what became of the run."""
+    names = [phase.name for phase in job.config.phases]
+    left = names[names.index(state.phase) + 1 :]
+    if left:
+        reason = f"phase {state.phase} is finished, {' and '.join(left)} left"
+    else:
+        reason = "all phases are finished"
+        if job.topology.is_main and not (job.folder / "model" / "model.json").is_file():
+            publish_model(job.folder, state.phase, describe_model(job.config, job.class_maps))
+    job.terminal.say(f"{reason}: {job.folder}")
+    return reason
+
+
+def _status(job: Job, state: str, where: TrainState, reason: str) -> None:
+    if job.topology.is_main:
+        write_status(job.folder, state, where.phase, where.step, reason)

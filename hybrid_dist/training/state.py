@@ -1,0 +1,43 @@
+"""Where a run stands: plain values, written with every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """The position of a run. `step` and `samples` count over all phases, `phase_step` within the phase."""
+
+    phase: str
+    phase_step: int = 0
+    step: int = 0
+    samples: int = 0
+    finished: bool = False
+    """The phase is done: its steps are made and its last validation is in."""
+    best_score: float | None = None
+    best_step: int | None = None
+    best_metrics: dict[str, float | None] = field(default_factory=dict)
+    pending: list[list[float]] = field(default_factory=list)
+    """Losses of the steps since the last line in metrics.jsonl, summed over the ranks."""
+    positions: dict[str, int] = field(default_factory=dict)
+    """Length in bytes of metrics.jsonl and trace.jsonl; a resume cuts them back to it."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """The backend's own: the loss scaler."""
+    data: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each split's CSV."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """What `state_dict` gave; keys of other versions are left aside."""
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def next_phase(self, name: str) -> TrainState:
+        """The start of the phase after this one."""
+        return TrainState(phase=name, step=self.step, samples=self.samples, positions=dict(self.positions), data=dict(self.data))

@@ -1,0 +1,61 @@
+"""Being asked to stop: by a signal, or by a file named STOP in the run's folder."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from hybrid_dist.training.state import TrainState
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stop:
+    """Remembers that someone asked. The loop looks once a step, and all ranks agree on what was seen."""
+
+    def __init__(self, folder: Path, is_main: bool):
+        self.file = folder / "STOP"
+        self.is_main = is_main
+        self.reason: str | None = None
+        self._started = time.time()
+
+    def listen(self) -> None:
+        """Take the signals over from Python's defaults."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            # Twice means now.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self.reason = f"signal {signal.Signals(number).name}"
+
+    def requested(self) -> bool:
+        """Whether this rank has been asked; rank 0 looks for the file."""
+        if self.reason is None and self.is_main and self.file.exists():
+            self.reason = "a STOP file"
+        return self.reason is not None
+
+    def clear_stale(self) -> None:
+        """Remove a STOP file that was meant for an earlier start of the run."""
+        try:
+            if self.is_main and self.file.stat().st_mtime < self._started:
+                self.file.unlink()
+        except FileNotFoundError:
+            return
+
+    def done(self) -> None:
+        """The request has been followed: the next start is free."""
+        if self.is_main:
+            self.file.unlink(missing_ok=True)
+
+
+class Stopped(Exception):
+    """The run has checkpointed at `state` and stops because somebody asked; exit code 75."""
+
+    def __init__(self, reason: str, state: TrainState):
+        super().__init__(reason)
+        self.state = state

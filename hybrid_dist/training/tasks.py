@@ -1,0 +1,164 @@
+"""A task's loss, predictions and metrics, by its kind. Another kind is one class here and one in `model/heads.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hybrid_dist.config import TaskConfig
+from hybrid_dist.errors import UserError
+
+Metrics = dict[str, float | None]
+
+
+class Task(ABC):
+    """One column of the annotations as something to learn."""
+
+    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...]):
+        self.name = name
+        self.weight = config.weight
+        self.share = config.share(name)
+        self.classes = classes
+
+    @abstractmethod
+    def valid(self, target: Tensor) -> Tensor:
+        """(B,) bool: which samples carry this label."""
+
+    @abstractmethod
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """(B,) fp32 loss of each sample, 0 where it has no label; attached to the graph even if none has."""
+
+    @abstractmethod
+    def predict(self, output: Tensor) -> Tensor:
+        """What the model says, from its raw output: (B, K) probabilities, or (B,) scores in 0–1."""
+
+    @abstractmethod
+    def metrics(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> Metrics:
+        """Metrics over labelled samples: `prediction` as `predict` gives it, `target` (N,), N ≥ 1."""
+
+    @abstractmethod
+    def quality(self, metrics: Metrics) -> float:
+        """The task's part in `val/score`, 1 is perfect."""
+
+    @abstractmethod
+    def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
+        """Columns of predictions_val.csv, each of N texts; blank where there is no label."""
+
+
+_KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...]], Task]] = {}
+
+
+def kind(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Register a task class under its `tasks.NAME.kind`."""
+
+    def register(cls: type[Task]) -> type[Task]:
+        _KINDS[name] = cls
+        return cls
+
+    return register
+
+
+def make_tasks(configs: Mapping[str, TaskConfig], classes: Mapping[str, tuple[str, ...]]) -> list[Task]:
+    """The run's tasks, in the config's order."""
+    unknown = {config.kind for config in configs.values()} - set(_KINDS)
+    if unknown:
+        raise UserError(f"tasks: unknown kind {', '.join(sorted(unknown))}; there is {', '.join(_KINDS)}")
+    return [_KINDS[config.kind](name, config, classes.get(name, ())) for name, config in configs.items()]
+
+
+@kind("classification")
+class Classification(Task):
+    """One of K classes: cross-entropy."""
+
+    def valid(self, target: Tensor) -> Tensor:
+        return target >= 0
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
+
+    def predict(self, output: Tensor) -> Tensor:
+        return output.float().softmax(dim=-1)
+
+    def metrics(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> Metrics:
+        from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
+
+        best = prediction.argmax(axis=1)
+        labels = np.arange(prediction.shape[1])
+        # With five classes or fewer the top five hold the truth always; sklearn would only warn.
+        acc5 = top_k_accuracy_score(target, prediction, k=5, labels=labels) if len(labels) > 5 else 1.0
+        # Classes that nobody labelled have no recall: they are left out of the mean.
+        f1 = f1_score(target, best, labels=np.unique(target), average="macro", zero_division=0)
+        return {"acc1": float(accuracy_score(target, best)), "acc5": float(acc5), "f1": float(f1)}
+
+    def quality(self, metrics: Metrics) -> float:
+        return metrics["acc1"] or 0.0
+
+    def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
+        best = prediction.argmax(axis=1)
+        return {
+            f"{self.name}_label": [self.classes[int(label)] if label >= 0 else "" for label in target],
+            f"{self.name}_prediction": [self.classes[index] for index in best],
+            f"{self.name}_probability": [f"{p:.6f}" for p in prediction[np.arange(len(best)), best]],
+        }
+
+
+@kind("regression")
+class Regression(Task):
+    """A score in 0–1: smooth L1."""
+
+    def valid(self, target: Tensor) -> Tensor:
+        return ~torch.isnan(target)
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        known = self.valid(target)
+        each = F.smooth_l1_loss(output.float(), torch.where(known, target, 0.0), reduction="none")
+        return torch.where(known, each, 0.0)
+
+    def predict(self, output: Tensor) -> Tensor:
+        return output.float()
+
+    def metrics(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> Metrics:
+        from sklearn.metrics import mean_absolute_error, root_mean_squared_error
+
+        truth = target.astype(np.float64)
+        return {
+            "mae": float(mean_absolute_error(truth, prediction)),
+            "rmse": float(root_mean_squared_error(truth, prediction)),
+            "corr": _correlation(prediction.astype(np.float64), truth),
+        }
+
+    def quality(self, metrics: Metrics) -> float:
+        mae = metrics["mae"]
+        assert mae is not None
+        return 1.0 - mae
+
+    def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
+        truth = target.astype(np.float64)
+        return {
+            f"{self.name}_label": ["" if np.isnan(label) else f"{label:.6g}" for label in truth],
+            f"{self.name}_prediction": [f"{value:.6f}" for value in prediction],
+        }
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    """Pearson's r; None where it is not defined: under two samples, or one side constant."""
+    from scipy.stats import pearsonr
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(pearsonr(a, b).statistic)
+
+
+def score(tasks: list[Task], metrics: Mapping[str, Metrics]) -> float:
+    """`val/score`: the tasks' qualities, weighted by their shares; a task without any label here is left out."""
+    judged = [task for task in tasks if task.name in metrics and task.share > 0]
+    shares = sum(task.share for task in judged)
+    if shares == 0:
+        return 0.0
+    return sum(task.share * task.quality(metrics[task.name]) for task in judged) / shares

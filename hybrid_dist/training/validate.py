@@ -1,0 +1,103 @@
+"""Validation: every picture once, on any number of ranks."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hybrid_dist.distributed import Control, Engine
+from hybrid_dist.training.tasks import Metrics, Task, score
+
+if TYPE_CHECKING:
+    from hybrid_dist.data.dataset import Batch
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What the model said about each labelled or unlabelled picture, in row order; on rank 0."""
+
+    rows: NDArray[np.int64]
+    predictions: dict[str, NDArray[np.float32]]
+    targets: dict[str, NDArray[Any]]
+    losses: dict[str, NDArray[np.float32]]
+
+
+@torch.no_grad()
+def validate(
+    engine: Engine,
+    tasks: Sequence[Task],
+    batches: Iterable[Batch],
+    control: Control,
+    device: torch.device,
+    tick: Callable[[int], None] = lambda samples: None,
+) -> Validated | None:
+    """Run the model over this rank's batches and bring the results together on rank 0 (None elsewhere).
+
+    Args:
+        batches: Equally many on every rank; rows of -1 are padding.
+        tick: Told the number of samples after each batch.
+    """
+    engine.model.eval()
+    parts: list[dict[str, Any]] = []
+    for batch in batches:
+        outputs = engine.forward(batch.images.to(device, non_blocking=True))
+        part: dict[str, Any] = {"rows": batch.rows.numpy()}
+        for task in tasks:
+            target = batch.labels[task.name]
+            losses = task.losses(outputs[task.name], target.to(device, non_blocking=True))
+            part[task.name] = (task.predict(outputs[task.name]).cpu().numpy(), target.numpy(), losses.cpu().numpy())
+        parts.append(part)
+        tick(len(batch.rows))
+    gathered = control.to_main(parts)
+    return None if gathered is None else _join([part for rank in gathered for part in rank], tasks)
+
+
+def _join(parts: list[dict[str, Any]], tasks: Sequence[Task]) -> Validated:
+    rows = np.concatenate([part["rows"] for part in parts])
+    real = np.flatnonzero(rows >= 0)
+    order = real[np.argsort(rows[real], kind="stable")]
+    columns = {task.name: [np.concatenate(column)[order] for column in zip(*(part[task.name] for part in parts), strict=True)] for task in tasks}
+    return Validated(
+        rows=rows[order],
+        predictions={name: column[0] for name, column in columns.items()},
+        targets={name: column[1] for name, column in columns.items()},
+        losses={name: column[2] for name, column in columns.items()},
+    )
+
+
+def metrics_of(result: Validated, tasks: Sequence[Task]) -> Metrics:
+    """`val/…` metrics by their names in metrics.jsonl. A task without any label here has none."""
+    each: dict[str, Metrics] = {}
+    out: Metrics = {"val/loss": 0.0}
+    total = 0.0
+    for task in tasks:
+        known = task.valid(torch.from_numpy(result.targets[task.name])).numpy()
+        if not known.any():
+            continue
+        loss = float(result.losses[task.name][known].astype(np.float64).mean())
+        total += task.weight * loss
+        out[f"val/loss_{task.name}"] = loss
+        each[task.name] = task.metrics(result.predictions[task.name][known], result.targets[task.name][known])
+        out.update({f"val/{task.name}_{key}": value for key, value in each[task.name].items()})
+    out["val/loss"] = total
+    out["val/score"] = score(list(tasks), each)
+    return out
+
+
+def predictions_csv(result: Validated, tasks: Sequence[Task], filenames: Sequence[str]) -> str:
+    """The text of predictions_val.csv: each picture's file, and each task's label, prediction and probability."""
+    columns: dict[str, Sequence[str]] = {"filename": filenames}
+    for task in tasks:
+        columns.update(task.columns(result.predictions[task.name], result.targets[task.name]))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return out.getvalue()

@@ -1,0 +1,41 @@
+"""accelerate's entry point: `accelerate launch --config_file launch/accelerate/NAME.yaml train.py --config …`."""
+
+import argparse
+import os
+import sys
+
+from hybrid_dist.config import Config, load_config
+from hybrid_dist.errors import UserError
+
+
+def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Read the command line and the config it names."""
+    parser = argparse.ArgumentParser(description="Train a run: what is left of its phases, or of one of them.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--phase", metavar="NAME", help="only this phase, as a job of its own")
+    parser.add_argument("--fresh", action="store_true", help="start over; the old run is kept under another name")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    arguments = parser.parse_intermixed_args(argv)
+    return load_config(arguments.config, arguments.overrides), arguments
+
+
+def main() -> int:
+    topology = None
+    try:
+        config, arguments = parse()
+        from hybrid_dist.distributed import leave, start
+        from hybrid_dist.training.run import run
+
+        topology = start(config.train.precision)
+        code = run(config, topology, arguments.phase, arguments.fresh)
+        leave()
+        return code
+    except UserError as error:
+        # What every rank runs into, rank 0 says; what one has met alone in training, it says itself.
+        if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):
+            print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
