@@ -16,17 +16,20 @@ def synth(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from hybrid_dist.data.synth import render_dataset
+    from hybrid_dist.data.synth import is_rendered, render_dataset
 
     total = arguments.train + arguments.val
+    if is_rendered(arguments.out, arguments.train, arguments.val, arguments.seed):
+        print(f"{arguments.out}: its {total} pictures are there already")
+        return 0
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        made = render_dataset(
+        render_dataset(
             arguments.out, arguments.train, arguments.val, arguments.seed,
             workers=arguments.workers, progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-    print(f"{arguments.out}: {made}" if isinstance(made, str) else f"{arguments.out}: {total} pictures")
+    print(f"{arguments.out}: {total} pictures")
     return 0
 
 

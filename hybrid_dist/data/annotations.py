@@ -34,7 +34,7 @@ _FILENAME_RULES = (
     (r"^\s*$", "is blank"),
     (r"^/|^[A-Za-z]:", "is absolute: give it relative to {images}"),
     (r"\\", "has a backslash: write folders with /"),
-    (r"\x00", "has a NUL character"),
+    (r"[\x00-\x1f]", "has a control character, such as a line break"),
     (r"(^|/)\.\.(/|$)", "leaves the folder {images}"),
 )
 
@@ -250,10 +250,11 @@ def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig]) -> _Sheet:
     header = _read_header(csv)
     needed = _needed(csv, header, tasks)
     text = pa.dictionary(pa.int32(), pa.string())
-    ragged: list[str] = []
+    ragged = 0
 
-    def skip(row: Any) -> str:
-        ragged.append("")
+    def skip(_: Any) -> str:
+        nonlocal ragged
+        ragged += 1
         return "skip"
 
     try:
@@ -275,10 +276,36 @@ def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig]) -> _Sheet:
     except OSError as error:
         raise UserError(f"{csv}: can't be read: {error}") from None
     if ragged:
-        raise UserError(f"{csv}: {_ragged(csv, len(header), len(ragged))}")
+        raise UserError(f"{csv}: {_ragged(csv, len(header), ragged)}")
     if data.num_rows == 0:
         raise UserError(f"{csv}: has a header but no rows")
+    _check_quotes(csv, data.num_rows + 1)
     return _Sheet(csv, header, data, [])
+
+
+def _check_quotes(csv: Path, records: int) -> None:
+    """Refuse a quote that is never closed: Arrow takes the rows after it for part of the value, without a word."""
+    newlines = returns = quotes = 0
+    end = b""
+    with csv.open("rb") as file:
+        while block := file.read(1 << 24):
+            newlines += block.count(b"\n")
+            returns += block.count(b"\r")
+            quotes += block.count(b'"')
+            end = block[-1:]
+    if not quotes or (newlines or returns) + (end not in b"\r\n") <= records:
+        return
+    # More lines than records: blank lines, or line breaks within quotes, which only Python's slow reader checks.
+    line = 0
+    with csv.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv_module.reader(text, strict=True)
+        try:
+            for _ in reader:
+                line = reader.line_num
+        except csv_module.Error:
+            raise UserError(
+                f"{csv}: line {line + 1}: a quote that is never closed, or text after a closing one"
+            ) from None
 
 
 def _first_undecodable(csv: Path) -> str:

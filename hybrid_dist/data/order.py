@@ -26,8 +26,11 @@ def epoch_order(length: int, seed: int, phase: str, epoch: int) -> np.ndarray:
     """The epoch's permutation of the rows: int64, shape (length,)."""
     digest = blake2b(f"order/{seed}/{phase}/{epoch}".encode(), digest_size=16).digest()
     # Sorting raw bits, for NumPy promises the bit streams across versions, but not what `permutation` makes of them.
+    # The row in the low bits breaks ties, and is what remains: sorting values is ten times as fast as `argsort`.
     bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(length)
-    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+    low = np.uint64(length.bit_length())
+    keys = np.sort((bits << low) | np.arange(length, dtype=np.uint64))
+    return (keys & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:

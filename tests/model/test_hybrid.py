@@ -121,7 +121,7 @@ def test_single_backbone():
     assert model(pictures())["type"].shape == (2, 5)
     assert torch.equal(model.eval().get_features(pictures())["fused"], model.get_features(pictures())["cnn"])
     model.set_trainable(["heads", "fusion"])
-    with pytest.raises(UserError, match="'transformer' matches nothing.*cnn, fusion, heads"):
+    with pytest.raises(UserError, match=r"'transformer' matches nothing.*cnn, fusion, heads"):
         model.set_trainable(["heads", "transformer"])
     assert build(cnn=None)(pictures())["clarity"].shape == (2,)
 
@@ -132,8 +132,11 @@ def test_frozen_branch_is_still_and_has_no_graph():
     model.set_trainable(["heads", "transformer"])
     model.train()
     images = pictures(8)
-    frozen, training = (model.cnn(images).pooled for _ in range(2)), [model.transformer(images).pooled for _ in range(2)]
-    one, two = frozen
+    graphs = []
+    model.cnn.net.stem.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    one, two = (model.cnn(images).pooled for _ in range(2))
+    assert graphs == [False, False]
+    training = [model.transformer(images).pooled for _ in range(2)]
     assert torch.equal(one, two) and one.grad_fn is None and not one.requires_grad
     assert not torch.equal(*training) and training[0].grad_fn is not None
     assert model.training and not model.cnn.training and not model.cnn.net.training and model.transformer.training
@@ -209,6 +212,8 @@ def test_heads_do_not_depend_on_weights_or_other_tasks(tmp_path):
     assert torch.equal(other.cnn.net.stem[0].weight, lent["stem.0.weight"])
     for prefix in ("fusion.", "transformer.", "heads.task_type", "heads.task_clarity"):
         assert equal(parameters(fresh, prefix), parameters(other, prefix)), prefix
+    twins = build(tasks={name: TASKS["clarity"] for name in ("clarity", "block")}).heads
+    assert not torch.equal(twins["task_clarity"].linear.weight, twins["task_block"].linear.weight)
 
 
 def test_resume_builds_without_weights_or_their_policy(tmp_path):
@@ -229,7 +234,8 @@ def test_check_finds_mistakes_before_anything_is_built(tmp_path):
         ({"fusion": "sum"}, SIZE, "there is no 'sum'"),
         ({"allow_scratch": False}, SIZE, "allow_scratch"),
         ({"cnn": CNN.model_copy(update={"name": "convnextt"})}, SIZE, "model.cnn.name"),
-        ({"transformer": SWIN.model_copy(update={"weights": str(tmp_path / "x.pth")})}, SIZE, "model.transformer.weights"),
+        ({"transformer": SWIN.model_copy(update={"weights": str(tmp_path / "x.pth")})}, SIZE, r"transformer\.weights"),
+        ({"transformer": SWIN.model_copy(update={"kwargs": {**SWIN.kwargs, "img_size": 64}})}, SIZE, "its own 64"),
     ]:
         with pytest.raises(UserError, match=words):
             check_model(MODEL.model_copy(update=change), size)

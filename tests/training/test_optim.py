@@ -57,13 +57,17 @@ def test_only_maps_decay(model):
     assert len(decayed) + len(spared) == len(list(model.parameters()))
 
 
-def test_position_tables_of_vits_are_spared():
-    """Catches (1, N, C) tables decayed because they have more than one axis."""
-    config = ModelConfig(cnn=None, transformer=BranchConfig(name="test_vit"))
+@pytest.mark.parametrize(("name", "exempt"), [
+    ("test_vit", ["pos_embed", "cls_token"]),
+    ("swinv2_tiny_window8_256", ["layers.0.blocks.0.attn.cpb_mlp.0.weight", "layers.0.blocks.0.attn.logit_scale"]),
+])
+def test_tables_and_what_timm_exempts_are_spared(name, exempt):
+    """Catches (1, N, C) tables decayed because they have more than one axis, and timm's own list ignored."""
+    config = ModelConfig(cnn=None, transformer=BranchConfig(name=name))
     with torch.device("meta"):
-        vit = build_model(config, {"s": TaskConfig(kind="regression", column="s")}, {}, 160, 0, load=False)
-    spared = {name for group in param_groups(vit, 0.1) if group["weight_decay"] == 0 for name in group["names"]}
-    assert {"transformer.net.pos_embed", "transformer.net.cls_token"} <= spared
+        model = build_model(config, {"s": TaskConfig(kind="regression", column="s")}, {}, 256, 0, load=False)
+    spared = {name for group in param_groups(model, 0.1) if group["weight_decay"] == 0 for name in group["names"]}
+    assert {f"transformer.net.{entry}" for entry in exempt} <= spared
 
 
 def test_optimizer_is_adamw_with_the_configs_numbers(model):

@@ -11,6 +11,7 @@ from hybrid_dist.data.synth.build import Pose, build_aircraft
 from hybrid_dist.data.synth.camera import Frame, Shape, View, rasterize
 from hybrid_dist.data.synth.liveries import LIVERIES
 from hybrid_dist.data.synth.tubes import Light
+from hybrid_dist.errors import UserError
 
 COLUMNS = (
     "filename", "typeid", "typename", "airlineid", "airlinename", "clarity", "block",
@@ -73,9 +74,9 @@ def _cycled(seed: int, split: int, index: int, classes: int, purpose: int) -> in
 def plan_picture(split: str, index: int, seed: int) -> Plan:
     """Decide what picture `index` of a split shows."""
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if index < 0 or seed < 0:
-        raise ValueError(f"index and seed must not be negative, got index {index} and seed {seed}")
+        raise UserError(f"index and seed must not be negative, got index {index} and seed {seed}")
     number = SPLITS.index(split)
     key = (seed, number, index)
     rng = _rng(key, 0)

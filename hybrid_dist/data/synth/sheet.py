@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from hybrid_dist.data.synth.picture import AIRLINE_NAMES, TYPE_NAMES, Plan, draw_sample, plan_picture
+from hybrid_dist.errors import UserError
 
 CELL = (72, 210)  # height, width of a picture's place
 LABEL, CAPTION, MARGIN = 104, 13, 5
@@ -41,9 +42,9 @@ def _cell_plan(row: int, column: int, columns: int, seed: int, by: str, plain: i
 def contact_sheet(columns: int = 6, seed: int = 0, by: str = "type", plain: int = 4) -> np.ndarray:
     """(h, w, 3) uint8 RGB; `by` is "type" or "airline", `plain` the number of columns without blur and occluders."""
     if by not in ("type", "airline"):
-        raise ValueError(f"by is {by!r}; it must be 'type' or 'airline'")
+        raise UserError(f"by is {by!r}; it must be 'type' or 'airline'")
     if columns < 1:
-        raise ValueError(f"columns is {columns}; a sheet needs at least 1")
+        raise UserError(f"columns is {columns}; a sheet needs at least 1")
     names = TYPE_NAMES if by == "type" else AIRLINE_NAMES
     height, width = CELL[0] + CAPTION + MARGIN, CELL[1] + MARGIN
     sheet = np.full((len(names) * height + MARGIN, LABEL + columns * width, 3), 255, np.uint8)

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 
 from hybrid_dist.data.synth.picture import AIRLINE_NAMES, COLUMNS, SPLITS, TYPE_NAMES, render_picture
+from hybrid_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         least = 0 if name == "seed" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
 def _read_record(path: Path) -> object:
@@ -123,16 +124,16 @@ def is_rendered(out: Path, train: int, val: int, seed: int) -> bool:
     if not out.exists():
         return False
     if not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder that does not exist yet")
+        raise UserError(f"{out} is a file; name a folder that does not exist yet")
     if not any(out.iterdir()):
         return False
     wanted, found = _record(counts, seed), _read_record(out / RECORD)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{out} exists and holds something that is not a rendered data set; name another folder or empty it"
         )
     if found != wanted:
-        raise ValueError(
+        raise UserError(
             f"{out} holds another data set: found {json.dumps(found)}, wanted {json.dumps(wanted)}; "
             "name another folder or delete it"
         )
@@ -145,7 +146,7 @@ def _check_complete(out: Path, counts: dict[str, int]) -> None:
     for split, count in counts.items():
         pictures = sum(1 for _ in (out / split).glob("*.jpg"))
         if pictures != count or not (out / f"{split}.csv").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{out} was rendered with {count} pictures in {split} but has {pictures} or no {split}.csv; "
                 "delete it to render it again"
             )

@@ -1,0 +1,199 @@
+"""Batches: the right labels beside the right pixels, whoever made them, and workers that stay at work."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hybrid_dist.config import TaskConfig
+from hybrid_dist.data.annotations import read_training
+from hybrid_dist.data.augment import Augment
+from hybrid_dist.data.dataset import Samples, make_loader, pixel_digest, resolve_workers
+from hybrid_dist.data.order import PADDING, TrainSampler, ValSampler
+from hybrid_dist.data.pictures import PictureError
+
+TASKS = {
+    "type": TaskConfig(kind="classification", column="typename"),
+    "airline": TaskConfig(kind="classification", column="airlinename"),
+    "clarity": TaskConfig(kind="regression", column="clarity"),
+    "block": TaskConfig(kind="regression", column="block"),
+}
+ROWS = 22
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """22 noisy pictures; row i has type i % 3, and blanks in a pattern of its own for each task."""
+    folder = tmp_path_factory.mktemp("split")
+    lines = ["filename,typename,airlineid,airlinename,clarity,block"]
+    for row in range(ROWS):
+        noise = np.random.default_rng(row).integers(0, 255, (20, 40 + row, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{row}.png")
+        airline = "" if row % 2 else f"airline {row % 4}"
+        clarity, block = "" if row % 3 == 1 else row / 100, "" if row % 5 == 0 else row / 50
+        lines.append(f"{row}.png,type {row % 3},{row % 4},{airline},{clarity},{block}")
+    (folder / "train.csv").write_text("\n".join(lines))
+    return read_training(folder / "train.csv", folder, TASKS)[0]
+
+
+def samples(table, train=True, **more):
+    return Samples(table, Augment(SIZE, TASKS, train), seed=1, phase="a", **more)
+
+
+def train_sampler(rank=0, world_size=1, micro_batch=4, start=0, end=6):
+    return TrainSampler(ROWS, 8, micro_batch, rank, world_size, 1, "a", start, end)
+
+
+def trajectory(table, workers, **which):
+    """Row, digest and airline of all real samples that a loader yields, in order."""
+    found = []
+    for batch in make_loader(samples(table, digest=True), train_sampler(**which), workers, pin_memory=False):
+        columns = (batch.rows, batch.digests, batch.labels["airline"])
+        found += [entry for entry in zip(*(column.tolist() for column in columns), strict=True) if entry[0] != PADDING]
+    return found
+
+
+def test_digests_do_not_depend_on_workers_ranks_micro_batch_or_resume(table):
+    """Catches augmentation drawn from a worker's or a rank's own generator, and one repeated each epoch."""
+    alone = trajectory(table, 0)
+    assert len(alone) == 2 * ROWS
+    assert sorted(row for row, _, _ in alone[:ROWS]) == list(range(ROWS))
+    assert len({digest for _, digest, _ in alone}) == 2 * ROWS
+    assert trajectory(table, 1) == trajectory(table, 2) == alone
+    assert trajectory(table, 2, start=2) == alone[16:]
+    ranks = [trajectory(table, 0, rank=rank, world_size=2, micro_batch=2) for rank in (0, 1)]
+    assert sorted(ranks[0] + ranks[1]) == sorted(alone)
+
+
+def test_labels_belong_to_their_rows_and_padding_has_none(table):
+    """Catches labels shifted against pictures, and padding that counts as class 0 or a score of 0."""
+    rows = [5, PADDING, 0, 21, 4]
+    batch = samples(table, train=False, digest=True).__getitems__([(0, row) for row in rows])
+    assert batch.rows.tolist() == rows
+    assert batch.labels["type"].tolist() == [2, -1, 0, 0, 1]
+    assert batch.labels["airline"].tolist() == [-1, -1, 0, -1, 0]
+    expected = torch.tensor([0.05, torch.nan, 0, 0.21, torch.nan])
+    torch.testing.assert_close(batch.labels["clarity"], expected, equal_nan=True)
+    assert torch.isnan(batch.labels["block"]).tolist() == [True, True, True, False, False]
+    assert (batch.labels["type"].dtype, batch.labels["block"].dtype) == (torch.int64, torch.float32)
+    assert not batch.images[1].any()
+    assert batch.digests[1] == 0
+    for place, row in ((0, 5), (4, 4)):
+        with Image.open(table.images / f"{row}.png") as image:
+            pixels = Augment(SIZE, TASKS, train=False)(np.array(image), (), 0)
+        assert (batch.images[place].permute(1, 2, 0).numpy() == pixels).all()
+        assert batch.digests[place] == pixel_digest(pixels)
+
+
+def test_augmentation_is_told_which_labels_a_sample_really_has(table):
+    """Catches a blank label protecting a sample, or a label that protects its neighbour in the batch."""
+    told = {}
+
+    class Recorder(Augment):
+        def __call__(self, picture, present, key):
+            told[picture.shape[1] - 40] = set(present)
+            return super().__call__(picture, present, key)
+
+    Samples(table, Recorder(SIZE, TASKS, train=True), 1, "a").__getitems__([(0, row) for row in range(ROWS)])
+    for row in range(ROWS):
+        blanks = (("airline", row % 2), ("clarity", row % 3 == 1), ("block", row % 5 == 0))
+        assert told[row] == set(TASKS) - {task for task, blank in blanks if blank}
+
+
+def test_a_batch_crosses_the_queue_channels_last(table):
+    """Catches a copy into another layout, or labels that arrive as something else than tensors."""
+    (batch,) = make_loader(samples(table), ValSampler(ROWS, ROWS, 0, 1), 1, pin_memory=False)
+    here = samples(table).__getitems__([(0, row) for row in range(ROWS)])
+    for one in (batch, pickle.loads(pickle.dumps(here))):
+        assert one.images.shape == (ROWS, 3, SIZE, SIZE)
+        assert one.images.is_contiguous(memory_format=torch.channels_last)
+        assert (one.images == here.images).all()
+        assert one.digests is None
+        for task, values in here.labels.items():
+            torch.testing.assert_close(one.labels[task], values, equal_nan=True, rtol=0, atol=0)
+
+
+def test_validation_can_be_iterated_again_and_ranks_agree_on_its_length(table):
+    """Catches a val loader that is empty the second time, or ends early on one rank."""
+    for rank in (0, 1):
+        loader = make_loader(samples(table, train=False), ValSampler(ROWS, 4, rank, 2), 1, pin_memory=False)
+        rows = [[batch.rows.tolist() for batch in loader] for _ in range(2)]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == len(loader) == 3
+
+
+def test_loading_leaves_the_global_generator_alone(table):
+    """Catches dropout that changes with every validation or restart: torch's loader draws a seed each time."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        for _ in make_loader(samples(table), train_sampler(end=1), workers, pin_memory=False):
+            pass
+    assert (torch.get_rng_state() == before).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_is_the_users_to_fix_in_any_process(tmp_path, workers):
+    """Catches torch's RuntimeError with a worker's traceback in place of the one sentence that names the file."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    for row in range(6):
+        (tmp_path / f"{row}.png").write_bytes(out.getvalue() if row != 4 else b"<html>")
+    (tmp_path / "train.csv").write_text("filename,typename\n" + "".join(f"{row}.png,A\n" for row in range(6)))
+    tasks = {"type": TASKS["type"]}
+    table, _ = read_training(tmp_path / "train.csv", tmp_path, tasks)
+    loader = make_loader(Samples(table, Augment(SIZE, tasks, False), 0, "a"), ValSampler(6, 2, 0, 1), workers, False)
+    seen = []
+    with pytest.raises(PictureError) as caught:
+        seen.extend(batch.rows.tolist() for batch in loader)
+    assert str(caught.value) == f"{tmp_path / '4.png'}: is no picture, it starts with b'<html>'"
+    assert seen == [[0, 1], [2, 3]]
+
+
+def test_workers_outlive_signals_to_the_group_but_obey_their_parent(table):
+    """Catches a SIGTERM to the whole job that kills the workers before the main process has saved its checkpoint."""
+    others = multiprocessing.active_children()
+    loader = iter(make_loader(samples(table), train_sampler(end=300), 2, pin_memory=False))
+    for _ in range(4):
+        next(loader)
+    workers = [worker for worker in multiprocessing.active_children() if worker not in others]
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            # From another process than the parent, as a launcher or a scheduler does.
+            os.spawnlp(os.P_WAIT, "kill", "kill", f"-{int(number)}", str(worker.pid))
+    for _ in range(40):
+        next(loader)
+    assert all(worker.is_alive() for worker in workers)
+    loader.close()
+    del loader
+    deadline = time.monotonic() + 20
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_auto_workers_share_the_machine(monkeypatch):
+    """Catches every rank starting a worker per core, and a share of less than one core becoming negative."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    assert [resolve_workers("auto", ranks) for ranks in (1, 4, 16, 32, 64)] == [16, 7, 1, 0, 0]
+    assert resolve_workers(5, 64) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning needs CUDA")
+def test_pinning_keeps_the_layout(table):
+    """Catches a pinned copy in another layout, or a batch that the loader hands on unpinned."""
+    for workers in (0, 1):
+        batch = next(iter(make_loader(samples(table), train_sampler(), workers, pin_memory=True)))
+        assert batch.images.is_pinned()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert all(values.is_pinned() for values in batch.labels.values())
