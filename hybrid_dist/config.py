@@ -226,7 +226,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"no config {path}" + (f"; in {path.parent} there is {', '.join(near)}" if near else "")) from None
+        raise UserError(
+            f"no config {path}" + (f"; in {path.parent} there is {', '.join(near)}" if near else "")
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     except YAMLError as error:

@@ -53,7 +53,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_config(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a tiny pair on `tiny_data`; keyword arguments replace whole top-level sections' keys."""
 
@@ -81,7 +81,10 @@ def tiny_values(data: Path, folder: Path) -> dict[str, Any]:
             "image_size": 96, "workers": 0,
         },
         "model": {
-            "cnn": {"name": "convnext_atto", "kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, "weights": "scratch"},
+            "cnn": {
+                "name": "convnext_atto", "kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
+                "weights": "scratch",
+            },
             "transformer": {
                 "name": "swin_tiny_patch4_window7_224",
                 "kwargs": {
@@ -125,7 +128,13 @@ def launch(*arguments: str, config_file: str | None = None, timeout: float = 300
 
 def environment() -> dict[str, str]:
     """The caller's environment, with one thread a process and no GPU."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ class Store:
             write_atomic(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1))
             if final.exists():
                 shutil.rmtree(final)
-            os.replace(temporary, final)
+            temporary.replace(final)
             _sync(self.folder)
             self._prune(final)
         self.control.barrier()
@@ -107,7 +107,7 @@ class Store:
             # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
             doomed = path.with_name(f".{path.name}.old")
             shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
+            path.replace(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -148,7 +148,7 @@ def write_atomic(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")
     _sync(beside)
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def _describe(path: Path) -> dict[str, Any]:

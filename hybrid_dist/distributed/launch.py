@@ -54,7 +54,7 @@ def start(precision: str) -> Topology:
     if deepspeed and not has_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     accelerator = Accelerator(
-        # Without a GPU, accelerate must hear that the CPU is meant; with DeepSpeed it must not, or it leaves DeepSpeed out.
+        # Without a GPU accelerate must hear that the CPU is meant; but told so, it leaves DeepSpeed out.
         cpu=not has_cuda and not deepspeed,
         # DeepSpeed does its own autocast (see zero.py): a second one around it is an error.
         mixed_precision="no" if deepspeed or precision == "fp32" else precision,
@@ -92,7 +92,11 @@ def _label(accelerator: Accelerator) -> str:
         kind = f"ZeRO {plugin.zero_stage}{offload}"
     else:
         kind = "DDP" if processes > 1 else "one process"
-    return f"{kind} × {processes} on {accelerator.device.type}" if processes > 1 else f"{kind} on {accelerator.device.type}"
+    return (
+        f"{kind} × {processes} on {accelerator.device.type}"
+        if processes > 1
+        else f"{kind} on {accelerator.device.type}"
+    )
 
 
 def leave() -> None:

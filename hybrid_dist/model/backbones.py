@@ -97,7 +97,7 @@ def extract(net: Any, images: Tensor) -> Features:
     if not isinstance(features, Tensor) or features.ndim not in (3, 4) or pooled.ndim != 2:
         raise ValueError("it doesn't give one feature map and one pooled vector")
     if features.ndim == 3:  # (B, prefix + N, D): class and register tokens stand before the map
-        tokens = features[:, getattr(net, "num_prefix_tokens", 0):]
+        tokens = features[:, getattr(net, "num_prefix_tokens", 0) :]
     elif getattr(net, "output_fmt", "NCHW") == "NHWC":
         tokens = features.flatten(1, 2)  # (B, H, W, D) → (B, H·W, D)
     else:
@@ -117,10 +117,11 @@ def probe(part: str, config: BranchConfig, image_size: int) -> tuple[int, int]:
             features = extract(net, torch.zeros(1, 3, image_size, image_size))
         except Exception as error:  # timm asserts, raises, or fails in some layer, by family
             size = config.kwargs.get("img_size") or resolve_cfg(config).input_size[-1]
-            raise UserError(f"model.{part}: {config.name} can't take pictures of {image_size} pixels "
-                            f"({_reason(error)}); set data.image_size to its own {size}"
-                            + (f", or leave img_size out of model.{part}.kwargs" if "img_size" in config.kwargs else "")
-                            ) from error
+            raise UserError(
+                f"model.{part}: {config.name} can't take pictures of {image_size} pixels "
+                f"({_reason(error)}); set data.image_size to its own {size}"
+                + (f", or leave img_size out of model.{part}.kwargs" if "img_size" in config.kwargs else "")
+            ) from error
     return features.pooled.shape[1], features.tokens.shape[2]
 
 
@@ -138,9 +139,11 @@ def _create(part: str, config: BranchConfig, image_size: int) -> Any:
             kwargs.setdefault("img_size", image_size)
         return timm.create_model(config.name, pretrained=False, num_classes=0, **kwargs)
     except Exception as error:  # what timm and its layers raise for a bad argument has no common class
-        raise UserError(f"model.{part}: timm can't build {config.name} with "
-                        f"{', '.join(f'{name}={value!r}' for name, value in kwargs.items()) or 'its defaults'}: "
-                        f"{_reason(error)}; look at model.{part}.kwargs and data.image_size") from error
+        raise UserError(
+            f"model.{part}: timm can't build {config.name} with "
+            f"{', '.join(f'{name}={value!r}' for name, value in kwargs.items()) or 'its defaults'}: "
+            f"{_reason(error)}; look at model.{part}.kwargs and data.image_size"
+        ) from error
 
 
 def check_name(part: str, name: str) -> None:
@@ -152,15 +155,18 @@ def check_name(part: str, name: str) -> None:
     if not timm.is_model(name):
         known = timm.list_models() + (timm.list_pretrained() if "." in name else [])
         near = difflib.get_close_matches(name, known, n=3)
-        raise UserError(f"model.{part}.name: timm has no {name!r}; "
-                        + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names those it has"))
+        raise UserError(
+            f"model.{part}.name: timm has no {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names those it has")
+        )
     try:
         get_pretrained_cfg(name)
     except RuntimeError:
         architecture, tag = split_model_name_tag(name)
         tagged = timm.list_pretrained(f"{architecture}.*")
-        raise UserError(f"model.{part}.name: {architecture} has no pretrained tag {tag!r}; "
-                        f"it has {', '.join(tagged) or 'none'}") from None
+        raise UserError(
+            f"model.{part}.name: {architecture} has no pretrained tag {tag!r}; it has {', '.join(tagged) or 'none'}"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 HIDDEN = 64
 
@@ -43,7 +43,7 @@ class Linear32(nn.Linear):
     A class of its own, because DeepSpeed's autocast sends an `nn.Linear`'s weights round in bf16.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's own name for it)
+    def forward(self, input: Tensor) -> Tensor:
         """Any float (…, in) → fp32 (…, out)."""
         device = input.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

@@ -34,8 +34,9 @@ class Hybrid(nn.Module):
     cnn: Backbone | None
     transformer: Backbone | None
 
-    def __init__(self, cnn: Backbone | None, transformer: Backbone | None, fusion: Fusion,
-                 heads: Mapping[str, Head]) -> None:
+    def __init__(
+        self, cnn: Backbone | None, transformer: Backbone | None, fusion: Fusion, heads: Mapping[str, Head]
+    ) -> None:
         """Put the parts together; `heads` by the name of their task."""
         super().__init__()
         self.cnn = cnn
@@ -55,8 +56,9 @@ class Hybrid(nn.Module):
 
     def _fuse(self, images: Tensor) -> tuple[dict[str, Features], Tensor]:
         branches = {part: branch(images) for part, branch in self.branches().items()}
-        fused = self.fusion([features.pooled for features in branches.values()],
-                            [features.tokens for features in branches.values()])
+        fused = self.fusion(
+            [features.pooled for features in branches.values()], [features.tokens for features in branches.values()]
+        )
         return branches, fused
 
     def branches(self) -> dict[str, Backbone]:
@@ -86,13 +88,17 @@ class Hybrid(nn.Module):
         for rule in rules:
             matched = {name for name in names if _matches(rule, name)}
             if not matched and rule not in self.parts():
-                raise UserError(f"trainable: {rule!r} matches nothing in this model; its parts are "
-                                f"{', '.join(self.parts())} (or all), and patterns match whole parameter names such as "
-                                f"{names[0]}")
+                raise UserError(
+                    f"trainable: {rule!r} matches nothing in this model; its parts are "
+                    f"{', '.join(self.parts())} (or all), and patterns match whole parameter names such as "
+                    f"{names[0]}"
+                )
             selected |= matched
         if not selected:
-            raise UserError(f"trainable: {', '.join(rules) or 'no rule'} leaves nothing to train: those parts have no "
-                            "parameters; add heads")
+            raise UserError(
+                f"trainable: {', '.join(rules) or 'no rule'} leaves nothing to train: those parts have no "
+                "parameters; add heads"
+            )
         return selected
 
     def set_trainable(self, rules: Sequence[str]) -> None:
@@ -109,8 +115,14 @@ class Hybrid(nn.Module):
         self.train(self.training)
 
 
-def build_model(config: ModelConfig, tasks: Mapping[str, TaskConfig], classes: Mapping[str, int], image_size: int,
-                seed: int, load: bool = True) -> Hybrid:
+def build_model(
+    config: ModelConfig,
+    tasks: Mapping[str, TaskConfig],
+    classes: Mapping[str, int],
+    image_size: int,
+    seed: int,
+    load: bool = True,
+) -> Hybrid:
     """Build the model on the CPU (or the meta device, inside `torch.device("meta")`; then nothing is loaded).
 
     Fresh parameters depend on the seed and their own part or task alone: not on what was drawn before, on whether

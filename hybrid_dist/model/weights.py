@@ -54,8 +54,10 @@ def find_weights(part: str, config: BranchConfig, allow_scratch: bool) -> Source
     key = f"model.{part}.weights"
     if config.weights == "scratch":
         if not allow_scratch:
-            raise UserError(f"{key}: scratch trains {config.name} from random weights; if that is meant, set "
-                            "model.allow_scratch: true")
+            raise UserError(
+                f"{key}: scratch trains {config.name} from random weights; if that is meant, set "
+                "model.allow_scratch: true"
+            )
         return Source("scratch")
     if config.weights == "hub":
         return Source("hub", _hub_file(key, config))
@@ -63,8 +65,10 @@ def find_weights(part: str, config: BranchConfig, allow_scratch: bool) -> Source
     if path.is_dir():
         return Source("run", _run_file(part, config.name, path))
     if not path.is_file():
-        raise UserError(f"{key}: there is no file or folder {config.weights!r}; give hub, a local "
-                        f"{' or '.join(SUFFIXES)} file, a run's folder, or scratch")
+        raise UserError(
+            f"{key}: there is no file or folder {config.weights!r}; give hub, a local "
+            f"{' or '.join(SUFFIXES)} file, a run's folder, or scratch"
+        )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{key}: {config.weights!r} isn't one of {', '.join(SUFFIXES)}")
     return Source("file", path)
@@ -87,9 +91,11 @@ def load_weights(part: str, config: BranchConfig, source: Source, net: nn.Module
     if misfit:
         hint = ""
         if source.kind == "hub" and config.kwargs:
-            hint = (f". model.{part}.kwargs ({', '.join(config.kwargs)}) may change the architecture that the "
-                    "pretrained weights are for: leave them out, give a file that fits, or set weights: scratch with "
-                    "model.allow_scratch: true")
+            hint = (
+                f". model.{part}.kwargs ({', '.join(config.kwargs)}) may change the architecture that the "
+                "pretrained weights are for: leave them out, give a file that fits, or set weights: scratch with "
+                "model.allow_scratch: true"
+            )
         raise UserError(f"{where} doesn't hold the weights of {config.name}: {misfit}{hint}")
     net.load_state_dict(state, strict=False)
 
@@ -102,11 +108,13 @@ def resolve_cfg(config: BranchConfig) -> PretrainedCfg:
     """
     name, tag = split_model_name_tag(config.name)
     try:
-        return resolve_pretrained_cfg(name, config.kwargs.get("pretrained_cfg") or tag,
-                                      config.kwargs.get("pretrained_cfg_overlay"))
+        return resolve_pretrained_cfg(
+            name, config.kwargs.get("pretrained_cfg") or tag, config.kwargs.get("pretrained_cfg_overlay")
+        )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{config.name}: timm refuses its kwargs' pretrained_cfg or pretrained_cfg_overlay: "
-                        f"{error}") from error
+        raise UserError(
+            f"{config.name}: timm refuses its kwargs' pretrained_cfg or pretrained_cfg_overlay: {error}"
+        ) from error
 
 
 def _hub_file(key: str, config: BranchConfig) -> Path:
@@ -117,11 +125,14 @@ def _hub_file(key: str, config: BranchConfig) -> Path:
         return Path(cfg.file)
     if not cfg.hf_hub_id:
         others = timm.list_pretrained(f"{split_model_name_tag(config.name)[0]}.*")
-        what = (f"timm's weights are at {cfg.url}: download that file and" if cfg.url
-                else "timm has no pretrained weights:")
-        raise UserError(f"{key}: hub doesn't have {config.name}; {what} give a local file"
-                        + (f", or name one of {', '.join(others)}" if others else "")
-                        + ", or set weights: scratch with model.allow_scratch: true")
+        what = (
+            f"timm's weights are at {cfg.url}: download that file and" if cfg.url else "timm has no pretrained weights:"
+        )
+        raise UserError(
+            f"{key}: hub doesn't have {config.name}; {what} give a local file"
+            + (f", or name one of {', '.join(others)}" if others else "")
+            + ", or set weights: scratch with model.allow_scratch: true"
+        )
     repo, _, revision = cfg.hf_hub_id.partition("@")
     files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(HUB_FILES)
     for file in files:
@@ -151,7 +162,8 @@ def _download(key: str, repo: str, revision: str | None, files: Iterable[str]) -
         f"{key}: the pretrained weights {repo} aren't in the cache ({hub_constants.HF_HUB_CACHE}) and can't be "
         f"downloaded ({reason}). On a machine with a network: hf download {repo}, with HF_HOME on a disk that this "
         "machine sees too; or give the path of a local file as weights; or set weights: scratch with "
-        "model.allow_scratch: true")
+        "model.allow_scratch: true"
+    )
 
 
 def _run_file(part: str, name: str, folder: Path) -> Path:
@@ -161,8 +173,10 @@ def _run_file(part: str, name: str, folder: Path) -> Path:
     if not file.is_file():
         bests = sorted(folder.glob("phase_*/best.safetensors"), key=_age)
         if not bests:
-            raise UserError(f"{key}: {folder} has neither model/model.safetensors nor phase_*/best.safetensors: "
-                            "it isn't the folder of a run that finished a phase")
+            raise UserError(
+                f"{key}: {folder} has neither model/model.safetensors nor phase_*/best.safetensors: "
+                "it isn't the folder of a run that finished a phase"
+            )
         file = bests[-1]
     held = _read_json(folder / "model" / "model.json").get("architecture")
     branch = held.get(part) if isinstance(held, Mapping) else None
@@ -222,13 +236,17 @@ def _read_file(where: str, file: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # unpickling a broken file raises almost anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{where} can't be loaded as plain tensors; a pickle that would run code is refused. If you "
-                        "trust it, save its state dict as .safetensors where it was made "
-                        f"({reason[0]})") from None
+        raise UserError(
+            f"{where} can't be loaded as plain tensors; a pickle that would run code is refused. If you "
+            "trust it, save its state dict as .safetensors where it was made "
+            f"({reason[0]})"
+        ) from None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        raise UserError(f"{where} isn't a state dict (tensors by name, or such under state_dict or model)"
-                        + (f": {_few(odd)} are no tensors" if odd else ": it is empty"))
+        raise UserError(
+            f"{where} isn't a state dict (tensors by name, or such under state_dict or model)"
+            + (f": {_few(odd)} are no tensors" if odd else ": it is empty")
+        )
     return state
 
 
@@ -243,8 +261,10 @@ def _filter(where: str, config: BranchConfig, state: dict[str, Tensor], net: nn.
     try:
         filtered: dict[str, Tensor] = filter_fn(state, net)
     except Exception as error:  # the filters assume a file of their own architecture
-        raise UserError(f"{where} doesn't hold the weights of {config.name}: timm's filter for it fails with "
-                        f"{type(error).__name__}: {error}; the file has {_few(list(state))}") from error
+        raise UserError(
+            f"{where} doesn't hold the weights of {config.name}: timm's filter for it fails with "
+            f"{type(error).__name__}: {error}; the file has {_few(list(state))}"
+        ) from error
     return filtered
 
 
@@ -252,8 +272,11 @@ def _misfit(state: Mapping[str, Tensor], net: nn.Module, refuse_unknown: bool) -
     """What keeps `state` from filling `net`, in words; empty if it fits. Classifiers are beside the point."""
     expected = net.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    wrong = [f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}" for name, value in expected.items()
-             if name in state and state[name].shape != value.shape]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
     cfg = getattr(net, "pretrained_cfg", {})
     named = cfg.get("classifier") or ()
     classifiers = tuple(f"{name}." for name in (*CLASSIFIERS, *((named,) if isinstance(named, str) else named)))

@@ -50,7 +50,7 @@ class Terminal:
         label, _, total = self._where
         self._where = (label, done, total)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, **({"note": note} if note else {}))
+            self._bar.update(self._task, completed=done, note=note)
         elif not self.quiet and time.monotonic() - self._said >= QUIET_INTERVAL:
             self._said = time.monotonic()
             self.say(f"{label}: {done} of {total}, {self._left(done, total)} left  {note}".rstrip())

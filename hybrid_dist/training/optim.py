@@ -31,8 +31,9 @@ def param_groups(model: Hybrid, weight_decay: float) -> list[dict[str, Any]]:
             continue
         part = name.partition(".")[0]
         decays = name not in exempt and _decays(name, parameter)
-        group = groups.setdefault((part, decays), {"params": [], "names": [], "part": part,
-                                                   "weight_decay": weight_decay if decays else 0.0})
+        group = groups.setdefault(
+            (part, decays), {"params": [], "names": [], "part": part, "weight_decay": weight_decay if decays else 0.0}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

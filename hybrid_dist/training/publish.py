@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +38,7 @@ def publish_best(run: Path, checkpoint: Path, state: TrainState, shapes: dict[st
     reader = PieceReader(sorted(checkpoint.glob("shard-*.safetensors")))
     partial = folder / ".best.safetensors.partial"
     save_file(reader.weights(shapes), partial, metadata={"format": "pt"})
-    os.replace(partial, folder / "best.safetensors")
+    partial.replace(folder / "best.safetensors")
     write_atomic(folder / PREDICTIONS, (checkpoint / PREDICTIONS).read_text(encoding="utf-8"))
     facts = {"phase": state.phase, "step": state.step, "score": state.best_score, "metrics": state.best_metrics}
     write_atomic(folder / "best.json", json.dumps(facts, indent=1) + "\n")
@@ -62,7 +61,7 @@ def publish_model(run: Path, phase: str, facts: dict[str, Any]) -> None:
     described = {"format": "hybrid-dist/1", **facts, "phase": phase, "step": best["step"], "metrics": best["metrics"]}
     write_atomic(partial / "model.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)
 
 
 def describe_model(config: Config, class_maps: Mapping[str, ClassMap]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,18 @@ from safetensors.torch import load_file
 from hybrid_dist.checkpoint import Found, PieceReader, Store, write_atomic
 from hybrid_dist.config import Config, PhaseConfig, load_config
 from hybrid_dist.data.annotations import (
-    Table, check_pictures, describe_unseen, read_table, read_training, untrained,
+    Table,
+    check_pictures,
+    describe_unseen,
+    read_table,
+    read_training,
+    untrained,
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
-from hybrid_dist.distributed import Engine, Topology, make_engine
+from hybrid_dist.distributed import Topology, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model
 from hybrid_dist.tracking import Terminal, write_status
@@ -90,12 +94,13 @@ def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> in
     stop.listen()
     job = _agree(topology, lambda: prepare(config, topology, terminal, stop))
     resumes = _agree(topology, lambda: check_folder(config, only, fresh))
-    model = None if resumes else _agree(topology, lambda: _first_model(job))
+    found = job.store.newest() if resumes else None
+    state = _agree(topology, lambda: _position(job, found, only))
+    model = _agree(topology, lambda: _first_model(job)) if found is None else None
     _claim_folder(job, fresh)
     _report_unseen(job)
-    state = TrainState(config.phases[0].name)
     try:
-        state = _train(job, state, only, model)
+        state = _train(job, state, found, only, model)
         _status(job, "finished", state, _finish(job, state))
         return DONE
     except Stopped as asked:
@@ -115,7 +120,6 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
     data = config.data
     if data.packed == "always":
         raise UserError("data.packed: always, but there is no packed copy of these pictures; auto would do")
-    check_model(config.model, data.image_size)
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
     val_table = read_table(Path(data.val_csv), Path(data.val_images), config.tasks, class_maps)
     if topology.world_size > len(train_table):
@@ -137,6 +141,7 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
 
 def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
+    check_model(job.config.model, job.config.data.image_size)
     model = job.build(load=True)
     for index, phase in enumerate(job.config.phases):
         try:
@@ -213,7 +218,7 @@ def _data_sums(config: Config) -> dict[str, str]:
     """SHA-256 of each split's CSV."""
     sums = {}
     for split, path in (("train", config.data.train_csv), ("val", config.data.val_csv)):
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             sums[split] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
@@ -224,7 +229,7 @@ def _claim_folder(job: Job, fresh: bool) -> None:
     if job.topology.is_main:
         if fresh and folder.exists():
             kept = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            os.rename(folder, kept)
+            folder.rename(kept)
             job.terminal.say(f"the old run is kept as {kept}")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "config.yaml", job.config.to_yaml())
@@ -239,27 +244,41 @@ def _report_unseen(job: Job) -> None:
         job.terminal.say(f"warning: validation: {line}")
 
 
-def _train(job: Job, state: TrainState, only: str | None, model: Hybrid | None) -> TrainState:
-    """Go through the phases that are left. Returns the state of the last one."""
-    found = job.store.newest()
-    names = [phase.name for phase in job.config.phases]
+def _position(job: Job, found: Found | None, only: str | None) -> TrainState:
+    """Where the run stands: at its newest checkpoint, or at its beginning.
+
+    Raises:
+        UserError: the data is not what the run was trained on; the phase `only` is not next.
+    """
     sums = _data_sums(job.config)
-    if found is not None:
+    names = [phase.name for phase in job.config.phases]
+    if found is None:
+        state = TrainState(names[0], data=sums)
+    else:
         state = TrainState.from_dict(found.state)
-        if state.data and state.data != sums:
-            changed = " and ".join(f"{split}_csv" for split in sums if sums[split] != state.data.get(split))
-            raise UserError(f"data.{changed}: not the data that {job.folder} was trained on; --fresh would start over")
-    state.data = sums
+        changed = [f"data.{split}_csv" for split in sums if sums[split] != state.data.get(split)]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)}: not the data that {job.folder} was trained on; --fresh would start over"
+            )
+    next_phase = names.index(state.phase) + (1 if state.finished else 0)
+    if only is not None and names.index(only) > next_phase:
+        before = names[names.index(only) - 1]
+        raise UserError(f"--phase {only} needs phase {before} finished first; --phase {names[next_phase]} would do now")
+    return state
+
+
+def _train(job: Job, state: TrainState, found: Found | None, only: str | None, model: Hybrid | None) -> TrainState:
+    """Go through the phases that are left, or through `only`. Returns where the run stands then."""
+    names = [phase.name for phase in job.config.phases]
     for index, phase in enumerate(job.config.phases):
-        if found is not None and (index < names.index(state.phase) or (phase.name == state.phase and state.finished)):
-            if only in (None, phase.name):
-                job.terminal.say(f"phase {phase.name} is finished")
+        if only not in (None, phase.name):
             continue
-        if only is not None and phase.name != only:
-            if names.index(only) > index:
-                raise UserError(f"--phase {only} needs phase {phase.name} finished first; --phase {phase.name} would do")
-            break
-        if state.phase != phase.name:
+        at = names.index(state.phase)
+        if index < at or (index == at and state.finished):
+            job.terminal.say(f"phase {phase.name} is finished")
+            continue
+        if index > at:
             state = state.next_phase(phase.name)
         _run_phase(job, phase, state, found, model)
         found, model = job.store.newest(), None

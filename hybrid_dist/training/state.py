@@ -40,4 +40,6 @@ class TrainState:
 
     def next_phase(self, name: str) -> TrainState:
         """The start of the phase after this one."""
-        return TrainState(phase=name, step=self.step, samples=self.samples, positions=dict(self.positions), data=dict(self.data))
+        return TrainState(
+            phase=name, step=self.step, samples=self.samples, positions=dict(self.positions), data=dict(self.data)
+        )

@@ -54,7 +54,9 @@ def train_step(
             for task in tasks:
                 target = batch.labels[task.name].to(device, non_blocking=True)
                 parts.append(task.losses(outputs[task.name], target).sum() / max(counts[task.name], 1))
-            total = sum((task.weight * part for task, part in zip(tasks, parts, strict=True)), start=shares.new_zeros(()))
+            total = sum(
+                (task.weight * part for task, part in zip(tasks, parts, strict=True)), start=shares.new_zeros(())
+            )
             shares += torch.stack([total, *parts]).detach()
             engine.backward(total, last)
     engine.step()
@@ -100,7 +102,7 @@ class LossLog:
 
 def trace_of(batches: Sequence[Batch], control: Control) -> tuple[list[int], str] | None:
     """The global batch's rows in order, and a digest of their augmented pixels; on rank 0, None elsewhere."""
-    local = [(batch.rows.tolist(), batch.digests.tolist()) for batch in batches]
+    local = [(batch.rows.tolist(), batch.digests.tolist()) for batch in batches if batch.digests is not None]
     ranks = control.to_main(local)
     if ranks is None:
         return None

@@ -63,7 +63,10 @@ def _join(parts: list[dict[str, Any]], tasks: Sequence[Task]) -> Validated:
     rows = np.concatenate([part["rows"] for part in parts])
     real = np.flatnonzero(rows >= 0)
     order = real[np.argsort(rows[real], kind="stable")]
-    columns = {task.name: [np.concatenate(column)[order] for column in zip(*(part[task.name] for part in parts), strict=True)] for task in tasks}
+    columns = {
+        task.name: [np.concatenate(column)[order] for column in zip(*(part[task.name] for part in parts), strict=True)]
+        for task in tasks
+    }
     return Validated(
         rows=rows[order],
         predictions={name: column[0] for name, column in columns.items()},

@@ -21,16 +21,18 @@ from hybrid_dist.model.weights import find_weights, load_weights
 
 SIZE = 96
 CNN = BranchConfig(name="convnext_atto", kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}, weights="scratch")
-SWIN = BranchConfig(name="swin_tiny_patch4_window7_224", weights="scratch",
-                    kwargs={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 3})
+SWIN = BranchConfig(
+    name="swin_tiny_patch4_window7_224",
+    weights="scratch",
+    kwargs={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 3},
+)
 VIT = BranchConfig(name="test_vit", weights="scratch")
 HUB = BranchConfig(name="test_convnext")
 HUB_REPO = "models--timm--test_convnext.r160_in1k"
 
 
 def pictures(count: int = 2, size: int = SIZE) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(5))
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 def timm_model(config: BranchConfig, seed: int = 1, classes: int = 7) -> torch.nn.Module:
@@ -79,8 +81,18 @@ def test_branch_equals_timm_on_the_same_normalised_input(config, grid):
 
 def test_each_branch_normalises_by_its_own_numbers():
     """Catches one mean and std for both branches."""
-    clip = Backbone("cnn", CNN.model_copy(update={"kwargs": {**CNN.kwargs, "pretrained_cfg_overlay": {
-        "mean": [0.5, 0.25, 0.125], "std": [0.5, 0.5, 0.25]}}}), SIZE)
+    clip = Backbone(
+        "cnn",
+        CNN.model_copy(
+            update={
+                "kwargs": {
+                    **CNN.kwargs,
+                    "pretrained_cfg_overlay": {"mean": [0.5, 0.25, 0.125], "std": [0.5, 0.5, 0.25]},
+                }
+            }
+        ),
+        SIZE,
+    )
     assert clip.mean.flatten().tolist() == [0.5, 0.25, 0.125] and clip.std.flatten().tolist() == [0.5, 0.5, 0.25]
     assert Backbone("cnn", CNN, SIZE).mean.flatten()[0] == pytest.approx(0.485)
 
@@ -103,28 +115,34 @@ def test_batch_norms_never_use_batch_statistics():
     assert backbone.net.training and backbone.width != backbone.token_width  # lcnet widens after pooling
 
 
-@pytest.mark.parametrize(("name", "near"), [
-    ("convnext_bse", "convnext_base"),
-    ("swin_base_patch4_window7_244.ms_in22k", "swin_base_patch4_window7_224.ms_in22k"),
-    ("convnext_base.fb_in22k_ft_in1", "convnext_base.fb_in22k_ft_in1k"),
-    ("resnet18.nothing_alike", "resnet18.a1_in1k"),
-])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("convnext_bse", "convnext_base"),
+        ("swin_base_patch4_window7_244.ms_in22k", "swin_base_patch4_window7_224.ms_in22k"),
+        ("convnext_base.fb_in22k_ft_in1", "convnext_base.fb_in22k_ft_in1k"),
+        ("resnet18.nothing_alike", "resnet18.a1_in1k"),
+    ],
+)
 def test_unknown_names_come_with_close_ones(name, near):
     """Catches timm's bare RuntimeError reaching the user."""
     with pytest.raises(UserError, match=rf"model\.cnn\.name.*{re.escape(near)}"):
         probe("cnn", BranchConfig(name=name), 224)
 
 
-@pytest.mark.parametrize(("config", "size", "words"), [
-    (CNN.model_copy(update={"kwargs": {"no_such": 1}}), 96, "no_such"),
-    (CNN.model_copy(update={"kwargs": {"num_classes": 5}}), 96, "own head"),
-    (CNN.model_copy(update={"kwargs": {"pretrained": True}}), 96, "weights"),
-    (CNN.model_copy(update={"kwargs": {"in_chans": 1}}), 96, "3 channels"),
-    (CNN.model_copy(update={"kwargs": {"global_pool": ""}}), 96, "pooled"),
-    (CNN.model_copy(update={"kwargs": {"pretrained_cfg_overlay": {"no_such": 1}}}), 96, "no_such"),
-    (SWIN.model_copy(update={"kwargs": {**SWIN.kwargs, "img_size": 96}}), 224, "set data.image_size to its own 96"),
-    (BranchConfig(name="test_vit", kwargs={"patch_size": [200, 200]}), 96, "data.image_size"),
-])
+@pytest.mark.parametrize(
+    ("config", "size", "words"),
+    [
+        (CNN.model_copy(update={"kwargs": {"no_such": 1}}), 96, "no_such"),
+        (CNN.model_copy(update={"kwargs": {"num_classes": 5}}), 96, "own head"),
+        (CNN.model_copy(update={"kwargs": {"pretrained": True}}), 96, "weights"),
+        (CNN.model_copy(update={"kwargs": {"in_chans": 1}}), 96, "3 channels"),
+        (CNN.model_copy(update={"kwargs": {"global_pool": ""}}), 96, "pooled"),
+        (CNN.model_copy(update={"kwargs": {"pretrained_cfg_overlay": {"no_such": 1}}}), 96, "no_such"),
+        (SWIN.model_copy(update={"kwargs": {**SWIN.kwargs, "img_size": 96}}), 224, "set data.image_size to its own 96"),
+        (BranchConfig(name="test_vit", kwargs={"patch_size": [200, 200]}), 96, "data.image_size"),
+    ],
+)
 def test_bad_arguments_are_the_users_to_fix(config, size, words):
     """Catches a TypeError or AssertionError from inside timm, at build or at the first step."""
     with pytest.raises(UserError, match=words):
@@ -171,8 +189,13 @@ def test_original_convnext_files_load(tmp_path):
     for name, value in original.state_dict().items():
         name = re.sub(r"stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2", name)
         name = re.sub(r"stages\.(\d)\.blocks", r"stages.\1", name)
-        for ours, theirs in [("stem.", "downsample_layers.0."), ("conv_dw", "dwconv"), ("mlp.fc", "pwconv"),
-                             ("head.norm", "norm"), ("head.fc", "head")]:
+        for ours, theirs in [
+            ("stem.", "downsample_layers.0."),
+            ("conv_dw", "dwconv"),
+            ("mlp.fc", "pwconv"),
+            ("head.norm", "norm"),
+            ("head.fc", "head"),
+        ]:
             name = name.replace(ours, theirs)
         state[name] = value
     torch.save({"model": state}, tmp_path / "fb.pth")
@@ -209,11 +232,14 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda s: s.pop("stem.0.weight"), r"1 missing \(stem\.0\.weight\)"),
-    (lambda s: s.update({"stem.0.bias": torch.zeros(9)}), r"stem\.0\.bias is \(9,\), not \(8,\)"),
-    (lambda s: s.update({"stages.3.blocks.1.gamma": torch.zeros(64)}), r"doesn't have \(stages\.3\.blocks\.1\.gam"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("stem.0.weight"), r"1 missing \(stem\.0\.weight\)"),
+        (lambda s: s.update({"stem.0.bias": torch.zeros(9)}), r"stem\.0\.bias is \(9,\), not \(8,\)"),
+        (lambda s: s.update({"stages.3.blocks.1.gamma": torch.zeros(64)}), r"doesn't have \(stages\.3\.blocks\.1\.gam"),
+    ],
+)
 def test_files_of_another_backbone_are_refused(tmp_path, change, words):
     """Catches a partly filled backbone: the rest would be noise."""
     state = timm_model(CNN).state_dict()
@@ -230,9 +256,14 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     torch.save(timm_model(SWIN).state_dict(), tmp_path / "swin.pth")
     (tmp_path / "w.npz").touch()
-    for name, words in [("broken.safetensors", "can't be loaded"), ("text.pth", "can't be loaded"),
-                        ("other.pth", "epoch are no tensors"), ("swin.pth", "doesn't hold the weights of convnext"),
-                        ("w.npz", "isn't one of"), ("absent.pth", "no file or folder")]:
+    for name, words in [
+        ("broken.safetensors", "can't be loaded"),
+        ("text.pth", "can't be loaded"),
+        ("other.pth", "epoch are no tensors"),
+        ("swin.pth", "doesn't hold the weights of convnext"),
+        ("w.npz", "isn't one of"),
+        ("absent.pth", "no file or folder"),
+    ]:
         with pytest.raises(UserError, match=words):
             loaded(CNN, tmp_path / name)
 
@@ -271,12 +302,17 @@ def test_hub_out_of_reach_is_one_quick_message(hub):
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "words"), [("gcvit_base.in1k", "download that file"),
-                                             ("convnext_zepto_rms.untrained", "no pretrained tag"),
-                                             ("vit_base_patch16_18x2_224", "no pretrained weights")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gcvit_base.in1k", "download that file"),
+        ("convnext_zepto_rms.untrained", "no pretrained tag"),
+        ("vit_base_patch16_18x2_224", "no pretrained weights"),
+    ],
+)
 def test_models_without_hub_weights_say_so(hub, name, words):
     """Catches random weights where there are no pretrained ones."""
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words):  # noqa: PT012 - whichever of the two finds it
         probe("cnn", BranchConfig(name=name), 224)
         find_weights("cnn", BranchConfig(name=name), allow_scratch=True)
 

@@ -109,8 +109,10 @@ def test_cross_attention(widths):
     fusion = shaken("cross_attention", (7, 11), widths)
     expected = []
     for block, own, (asking, asked) in [(fusion.first, pooled[0], tokens), (fusion.second, pooled[1], tokens[::-1])]:
-        normed = [nn.functional.layer_norm(t, t.shape[-1:], n.weight, n.bias)
-                  for t, n in [(asking, block.norm_asking), (asked, block.norm_asked)]]
+        normed = [
+            nn.functional.layer_norm(t, t.shape[-1:], n.weight, n.bias)
+            for t, n in [(asking, block.norm_asking), (asked, block.norm_asked)]
+        ]
         q = normed[0] @ block.query.weight.T + block.query.bias
         k, v = (normed[1] @ linear.weight.T + linear.bias for linear in (block.key, block.value))
         mixed = []

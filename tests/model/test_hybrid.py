@@ -18,14 +18,27 @@ from hybrid_dist.model.hybrid import PARTS, Hybrid, build_model, check_model, de
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 96
-CNN = BranchConfig(name="convnext_atto", weights="scratch",
-                   kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64], "drop_path_rate": 0.5})
-SWIN = BranchConfig(name="swin_tiny_patch4_window7_224", weights="scratch",
-                    kwargs={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 3,
-                            "drop_path_rate": 0.5})
+CNN = BranchConfig(
+    name="convnext_atto",
+    weights="scratch",
+    kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64], "drop_path_rate": 0.5},
+)
+SWIN = BranchConfig(
+    name="swin_tiny_patch4_window7_224",
+    weights="scratch",
+    kwargs={
+        "embed_dim": 24,
+        "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 4, 8],
+        "window_size": 3,
+        "drop_path_rate": 0.5,
+    },
+)
 MODEL = ModelConfig(cnn=CNN, transformer=SWIN, allow_scratch=True)
-TASKS = {"type": TaskConfig(kind="classification", column="typename"),
-         "clarity": TaskConfig(kind="regression", column="clarity")}
+TASKS = {
+    "type": TaskConfig(kind="classification", column="typename"),
+    "clarity": TaskConfig(kind="regression", column="clarity"),
+}
 CLASSES = {"type": 5}
 
 
@@ -54,7 +67,10 @@ def test_answers_features_and_their_shapes():
         answers, features = model(images), model.get_features(images)
     assert {name: tuple(value.shape) for name, value in answers.items()} == {"type": (2, 5), "clarity": (2,)}
     assert {name: tuple(value.shape) for name, value in features.items()} == {
-        "cnn": (2, 64), "transformer": (2, 192), "fused": (2, 256)}
+        "cnn": (2, 64),
+        "transformer": (2, 192),
+        "fused": (2, 256),
+    }
     head = model.heads["task_type"].linear
     torch.testing.assert_close(answers["type"], features["fused"] @ head.weight.T + head.bias)
     assert ((answers["clarity"] > 0) & (answers["clarity"] < 1)).all()
@@ -75,8 +91,11 @@ def test_every_parameter_belongs_to_exactly_one_part():
     model = build(fusion="cross_attention")
     assert {name.partition(".")[0] for name, _ in model.named_parameters()} == set(PARTS)
     counts = describe(model)
-    assert counts["all"]["total"] == sum(p.numel() for p in model.parameters()) == sum(
-        counts[part]["total"] for part in PARTS)
+    assert (
+        counts["all"]["total"]
+        == sum(p.numel() for p in model.parameters())
+        == sum(counts[part]["total"] for part in PARTS)
+    )
     model.stray = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="stray"):
         model.set_trainable(["all"])
@@ -99,12 +118,15 @@ def test_rules_set_every_parameter():
     assert not model.cnn.frozen and model.transformer.frozen
 
 
-@pytest.mark.parametrize(("rules", "words"), [
-    (["heads", "transfomer"], r"'transfomer' matches nothing.*cnn, transformer, fusion, heads"),
-    (["cnn.stages.*"], "matches nothing"),
-    (["fusion"], "nothing to train"),
-    ([], "nothing to train"),
-])
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (["heads", "transfomer"], r"'transfomer' matches nothing.*cnn, transformer, fusion, heads"),
+        (["cnn.stages.*"], "matches nothing"),
+        (["fusion"], "nothing to train"),
+        ([], "nothing to train"),
+    ],
+)
 def test_rules_that_match_nothing_are_refused(rules, words):
     """Catches a phase with a typo that would train for days without its branch."""
     model = build()
@@ -166,8 +188,9 @@ def test_bf16_autocast_trains_and_answers_in_fp32(fusion):
         answers = model(images)
     assert {answer.dtype for answer in answers.values()} == {torch.float32}
     (answers["type"].square().mean() + answers["clarity"].mean()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32
-               for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters()
+    )
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         low = model(images)
@@ -207,12 +230,13 @@ def test_heads_do_not_depend_on_weights_or_other_tasks(tmp_path):
     lent = {name.removeprefix("cnn.net."): value.contiguous() + 1 for name, value in parameters(fresh, "cnn.").items()}
     save_file(lent, tmp_path / "w.safetensors")
     tasks = {"airline": TaskConfig(kind="classification", column="airlinename"), **TASKS}
-    other = build(fusion="cross_attention", tasks=tasks,
-                  cnn=CNN.model_copy(update={"weights": str(tmp_path / "w.safetensors")}))
+    other = build(
+        fusion="cross_attention", tasks=tasks, cnn=CNN.model_copy(update={"weights": str(tmp_path / "w.safetensors")})
+    )
     assert torch.equal(other.cnn.net.stem[0].weight, lent["stem.0.weight"])
     for prefix in ("fusion.", "transformer.", "heads.task_type", "heads.task_clarity"):
         assert equal(parameters(fresh, prefix), parameters(other, prefix)), prefix
-    twins = build(tasks={name: TASKS["clarity"] for name in ("clarity", "block")}).heads
+    twins = build(tasks=dict.fromkeys(("clarity", "block"), TASKS["clarity"])).heads
     assert not torch.equal(twins["task_clarity"].linear.weight, twins["task_block"].linear.weight)
 
 
@@ -243,14 +267,17 @@ def test_check_finds_mistakes_before_anything_is_built(tmp_path):
         build_model(MODEL, TASKS, {}, SIZE, 0)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("small", 100), ("base", 175), ("large", 391),
-                                                ("stage2_convnext", 88), ("stage4_convnext", 88)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("small", 100), ("base", 175), ("large", 391), ("stage2_convnext", 88), ("stage4_convnext", 88)],
+)
 def test_configs_have_the_sizes_that_they_name(name, millions):
     """Catches a config that isn't accepted, names another backbone or a phase's rule that matches nothing."""
     config = load_config(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
-        model = build_model(config.model, config.tasks, {"type": 100, "airline": 60}, config.data.image_size, 0,
-                            load=False)
+        model = build_model(
+            config.model, config.tasks, {"type": 100, "airline": 60}, config.data.image_size, 0, load=False
+        )
     assert describe(model)["all"]["total"] / 1e6 == pytest.approx(millions, rel=0.02)
     for phase in config.phases:
         model.set_trainable(phase.trainable)

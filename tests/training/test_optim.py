@@ -15,14 +15,21 @@ from hybrid_dist.training.optim import build_optimizer, learning_rate, param_gro
 @pytest.fixture(scope="module")
 def model() -> Hybrid:
     config = ModelConfig(
-        cnn=BranchConfig(name="convnext_tiny", weights="scratch",
-                         kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}),
-        transformer=BranchConfig(name="swin_tiny_patch4_window7_224", weights="scratch",
-                                 kwargs={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8],
-                                         "window_size": 3}),
-        fusion="cross_attention", allow_scratch=True)
-    tasks = {"type": TaskConfig(kind="classification", column="typename"),
-             "clarity": TaskConfig(kind="regression", column="clarity")}
+        cnn=BranchConfig(
+            name="convnext_tiny", weights="scratch", kwargs={"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
+        ),
+        transformer=BranchConfig(
+            name="swin_tiny_patch4_window7_224",
+            weights="scratch",
+            kwargs={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 3},
+        ),
+        fusion="cross_attention",
+        allow_scratch=True,
+    )
+    tasks = {
+        "type": TaskConfig(kind="classification", column="typename"),
+        "clarity": TaskConfig(kind="regression", column="clarity"),
+    }
     return build_model(config, tasks, {"type": 5}, 96, 0)
 
 
@@ -57,10 +64,13 @@ def test_only_maps_decay(model):
     assert len(decayed) + len(spared) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("name", "exempt"), [
-    ("test_vit", ["pos_embed", "cls_token"]),
-    ("swinv2_tiny_window8_256", ["layers.0.blocks.0.attn.cpb_mlp.0.weight", "layers.0.blocks.0.attn.logit_scale"]),
-])
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("test_vit", ["pos_embed", "cls_token"]),
+        ("swinv2_tiny_window8_256", ["layers.0.blocks.0.attn.cpb_mlp.0.weight", "layers.0.blocks.0.attn.logit_scale"]),
+    ],
+)
 def test_tables_and_what_timm_exempts_are_spared(name, exempt):
     """Catches (1, N, C) tables decayed because they have more than one axis, and timm's own list ignored."""
     config = ModelConfig(cnn=None, transformer=BranchConfig(name=name))
@@ -89,8 +99,10 @@ def test_rate_at_chosen_steps():
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize(("step", "total", "fraction", "expected"), [
-    (0, 1, 0.0, 1.0), (0, 1, 1.0, 0.5), (0, 7, 0.05, 1.0), (3, 4, 1.0, 0.8), (4, 4, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("step", "total", "fraction", "expected"),
+    [(0, 1, 0.0, 1.0), (0, 1, 1.0, 0.5), (0, 7, 0.05, 1.0), (3, 4, 1.0, 0.8), (4, 4, 1.0, 0.0)],
+)
 def test_rate_of_short_phases(step, total, fraction, expected):
     """Catches a division by zero in phases of a few steps."""
     assert learning_rate(step, total, 1.0, fraction) == pytest.approx(expected)
