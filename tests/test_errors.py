@@ -25,7 +25,7 @@ def _keep_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.fixture()
+@pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs train.py's main in this process: its exit code, and what it said on standard error."""
 
@@ -120,7 +120,7 @@ BAD_CONFIGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "weights that aren't there": (["model.cnn.weights=nowhere.safetensors"], ["nowhere.safetensors"]),
     "scratch without leave": (["model.allow_scratch=false"], ["scratch", "model.allow_scratch: true"]),
-    "a global batch that does not divide": (["train.global_batch_size=20"], ["20", "train.micro_batch_size", "10", "24"]),
+    "a global batch that does not divide": (["train.global_batch_size=20"], ["train.micro_batch_size", "10", "24"]),
     "a part that this model lacks": (
         ["model.transformer=null", "model.fusion=concat"], ["phases.1.trainable", "transformer", "heads"],
     ),

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_dist.distributed.engine import Piece
@@ -29,21 +29,60 @@ _KEY = re.compile(r"^(weight|exp_avg|exp_avg_sq)/(.+)@(\d+)$")
 def write_shard(path: Path, pieces: Iterable[Piece], buffers: Mapping[str, Tensor]) -> None:
     """Write one rank's pieces, with the optimizer's step counts, and whole `buffers` of the model.
 
+    The file is streamed, tensor by tensor: safetensors' own `save_file` first makes a copy of everything, which for a
+    large model would double what a process holds, and refuses views of one flat buffer, which ZeRO's pieces are.
+
     Args:
         path: The safetensors file.
-        pieces: What this rank owns; copied to host memory as fp32.
+        pieces: What this rank owns, fp32.
         buffers: Persistent buffers, given by one rank alone.
     """
     tensors: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
     for piece in pieces:
         for kind, values in piece.values.items():
-            # A clone: views of one flat buffer would be refused as shared memory.
-            tensors[f"{kind}/{piece.name}@{piece.start}"] = values.detach().to("cpu", torch.float32, copy=True)
+            assert values.dtype == torch.float32
+            tensors[f"{kind}/{piece.name}@{piece.start}"] = values.detach()
         if piece.step is not None:
             steps[piece.name] = piece.step
-    tensors.update({f"buffer/{name}": values.detach().to("cpu", copy=True) for name, values in buffers.items()})
-    save_file(tensors, path, metadata={"format": "hybrid-dist/1", "steps": json.dumps(steps, sort_keys=True)})
+    tensors.update({f"buffer/{name}": values.detach() for name, values in buffers.items()})
+    metadata = {"format": "hybrid-dist/1", "steps": json.dumps(steps, sort_keys=True)}
+    stream_tensors(path, tensors, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    path: Path, layout: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file of which one tensor at a time is in memory.
+
+    Args:
+        layout: Tensors with the shapes and dtypes of what will be written; may be on the meta device.
+        read: Gives each of them by its name.
+    """
+    with path.open("wb") as file:
+        file.write(_header(layout, metadata))
+        for name, expected in layout.items():
+            values = read(name).cpu().contiguous()
+            assert (values.shape, values.dtype) == (expected.shape, expected.dtype), name
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The length and the JSON that a safetensors file begins with (github.com/huggingface/safetensors, «Format»)."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, values in tensors.items():
+        begin, end = end, end + values.numel() * values.element_size()
+        header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,5 +148,19 @@ class PieceReader:
     def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Whole fp32 weights by name, in the given shapes, and the buffers."""
         found = {name: self(name, "weight", 0, shape.numel()).view(shape) for name, shape in shapes.items()}
-        found.update({name: self._files[index].get_tensor(f"buffer/{name}") for name, index in self._buffers.items()})
-        return found
+        return found | {name: self._buffer(name) for name in self._buffers}
+
+    def write_weights(self, path: Path, shapes: Mapping[str, torch.Size]) -> None:
+        """The same as a safetensors file, one tensor at a time."""
+        layout = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        layout |= {name: self._buffer(name).to("meta") for name in self._buffers}
+
+        def read(name: str) -> Tensor:
+            if name in self._buffers:
+                return self._buffer(name)
+            return self(name, "weight", 0, shapes[name].numel()).view(shapes[name])
+
+        stream_tensors(path, layout, read, {"format": "pt"})
+
+    def _buffer(self, name: str) -> Tensor:
+        return self._files[self._buffers[name]].get_tensor(f"buffer/{name}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from hybrid_dist.checkpoint import PieceReader, write_atomic
 from hybrid_dist.config import Config
@@ -37,7 +36,7 @@ def publish_best(run: Path, checkpoint: Path, state: TrainState, shapes: dict[st
     folder.mkdir(exist_ok=True)
     reader = PieceReader(sorted(checkpoint.glob("shard-*.safetensors")))
     partial = folder / ".best.safetensors.partial"
-    save_file(reader.weights(shapes), partial, metadata={"format": "pt"})
+    reader.write_weights(partial, shapes)
     partial.replace(folder / "best.safetensors")
     write_atomic(folder / PREDICTIONS, (checkpoint / PREDICTIONS).read_text(encoding="utf-8"))
     facts = {"phase": state.phase, "step": state.step, "score": state.best_score, "metrics": state.best_metrics}

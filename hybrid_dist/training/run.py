@@ -96,11 +96,12 @@ def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> in
     resumes = _agree(topology, lambda: check_folder(config, only, fresh))
     found = job.store.newest() if resumes else None
     state = _agree(topology, lambda: _position(job, found, only))
-    model = _agree(topology, lambda: _first_model(job)) if found is None else None
+    # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
+    initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
     _claim_folder(job, fresh)
     _report_unseen(job)
     try:
-        state = _train(job, state, found, only, model)
+        state = _train(job, state, found, only, initial)
         _status(job, "finished", state, _finish(job, state))
         return DONE
     except Stopped as asked:
@@ -268,7 +269,7 @@ def _position(job: Job, found: Found | None, only: str | None) -> TrainState:
     return state
 
 
-def _train(job: Job, state: TrainState, found: Found | None, only: str | None, model: Hybrid | None) -> TrainState:
+def _train(job: Job, state: TrainState, found: Found | None, only: str | None, initial: list[Hybrid]) -> TrainState:
     """Go through the phases that are left, or through `only`. Returns where the run stands then."""
     names = [phase.name for phase in job.config.phases]
     for index, phase in enumerate(job.config.phases):
@@ -280,8 +281,8 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, m
             continue
         if index > at:
             state = state.next_phase(phase.name)
-        _run_phase(job, phase, state, found, model)
-        found, model = job.store.newest(), None
+        _run_phase(job, phase, state, found, initial.pop() if initial else None)
+        found = job.store.newest()
     return state
 
 

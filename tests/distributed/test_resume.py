@@ -83,9 +83,7 @@ def test_same_topology_is_bit_for_bit(
     ("writer", "reader"),
     [("ZeRO 2 x2", None), ("ZeRO 2 x2", "zero3"), ("one", "zero1"), ("one", "zero3_offload"), ("one", "ddp")],
 )
-def test_another_topology_goes_on(
-    writer: str, reader: str | None, wholes: dict[str, Path], tmp_path: Path
-) -> None:
+def test_another_topology_goes_on(writer: str, reader: str | None, wholes: dict[str, Path], tmp_path: Path) -> None:
     """Catches: state that only the topology that wrote it can read, or reads into the wrong place."""
     cut_back(wholes[writer], tmp_path)
     run = go_on(tmp_path, reader, 4)

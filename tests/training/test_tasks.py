@@ -1,0 +1,106 @@
+"""Losses and metrics of tasks, against what is worked out by hand and by another library."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_dist.config import TaskConfig
+from hybrid_dist.training.tasks import Metrics, Task, make_tasks, score
+
+NAN = math.nan
+
+
+def make(name: str, kind: str, classes: tuple[str, ...] = ()) -> Task:
+    config = TaskConfig.model_validate({"kind": kind, "column": f"{name}name"})
+    return make_tasks({name: config}, {name: classes})[0]
+
+
+def test_classification_loss_by_hand() -> None:
+    """Catches: a blank label that costs something, or a loss other than −log p of the true class."""
+    task = make("type", "classification", ("A", "B", "C"))
+    output = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [5.0, 5.0, 5.0]])
+    losses = task.losses(output, torch.tensor([0, -1, 2]))
+    assert losses.tolist() == pytest.approx([-math.log(math.e**2 / (math.e**2 + 2)), 0.0, math.log(3)])
+    assert task.valid(torch.tensor([0, -1, 2])).tolist() == [True, False, True]
+
+
+def test_regression_loss_by_hand() -> None:
+    """Catches: NaN leaking from a blank label into loss or gradient, or a loss other than ½d²."""
+    task = make("clarity", "regression")
+    output = torch.tensor([0.2, 0.9, 0.5], requires_grad=True)
+    losses = task.losses(output, torch.tensor([0.6, NAN, 0.5]))
+    assert losses.tolist() == pytest.approx([0.5 * 0.4**2, 0.0, 0.0])
+    losses.sum().backward()
+    assert output.grad is not None
+    assert output.grad.tolist() == pytest.approx([-0.4, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_no_label_at_all_keeps_the_graph(kind: str) -> None:
+    """Catches: a rank without labels whose backward fails, or whose gradients are not zero (pytorch#73645)."""
+    task = make("block", kind, ("A", "B"))
+    output = torch.rand(4, 2, requires_grad=True) if kind == "classification" else torch.rand(4, requires_grad=True)
+    target = torch.full((4,), -1) if kind == "classification" else torch.full((4,), NAN)
+    task.losses(output, target).sum().backward()
+    assert output.grad is not None
+    assert output.grad.abs().sum() == 0
+
+
+def test_classification_metrics_by_hand() -> None:
+    """Catches: top 5 counted by another rule, F1 averaged over pictures or over classes that nobody labelled."""
+    task = make("type", "classification", tuple("ABCDEFG"))
+    rng = np.random.default_rng(0)
+    prediction = rng.dirichlet(np.ones(7), 200).astype(np.float32)
+    target = rng.integers(0, 6, 200)  # no picture of class G
+    found = task.metrics(prediction, target)
+    order = np.argsort(-prediction, axis=1)
+    assert found["acc1"] == pytest.approx(np.mean(order[:, 0] == target))
+    assert found["acc5"] == pytest.approx(np.mean([truth in row[:5] for truth, row in zip(target, order, strict=True)]))
+    f1 = []
+    for label in range(6):
+        both = np.sum((order[:, 0] == label) & (target == label))
+        f1.append(2 * both / (np.sum(order[:, 0] == label) + np.sum(target == label)))
+    assert found["f1"] == pytest.approx(np.mean(f1))
+
+
+def test_regression_metrics_by_hand() -> None:
+    """Catches: RMSE for MAE, or a correlation of ranks."""
+    task = make("block", "regression")
+    prediction, target = np.array([0.1, 0.5, 0.9], np.float32), np.array([0.0, 0.5, 0.4], np.float32)
+    found = task.metrics(prediction, target)
+    assert found["mae"] == pytest.approx(0.2, abs=1e-6)
+    assert found["rmse"] == pytest.approx(math.sqrt(0.26 / 3), abs=1e-6)
+    assert found["corr"] == pytest.approx(np.corrcoef(prediction, target)[0, 1], abs=1e-6)
+    assert task.metrics(np.full(3, 0.5, np.float32), target)["corr"] is None, "not defined, rather than NaN"
+
+
+def test_score_is_the_contracts() -> None:
+    """Catches: other weights than 0.5, 0.2, 0.15, 0.15; errors counted as qualities; a task without labels as zero."""
+    names = {"type": "classification", "airline": "classification", "clarity": "regression", "block": "regression"}
+    tasks = [make(name, kind, ("A", "B")) for name, kind in names.items()]
+    metrics: dict[str, Metrics] = {
+        "type": {"acc1": 0.8}, "airline": {"acc1": 0.6}, "clarity": {"mae": 0.1}, "block": {"mae": 0.2},
+    }  # fmt: skip
+    assert score(tasks, metrics) == pytest.approx(0.5 * 0.8 + 0.2 * 0.6 + 0.15 * 0.9 + 0.15 * 0.8)
+    del metrics["airline"]
+    assert score(tasks, metrics) == pytest.approx((0.5 * 0.8 + 0.15 * 0.9 + 0.15 * 0.8) / 0.8)
+
+
+def test_columns_of_predictions() -> None:
+    """Catches: a blank label written as a class or a number, or a probability that is another class's."""
+    kind = make("airline", "classification", ("Red", "Blue"))
+    columns = kind.columns(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32), np.array([-1, 1]))
+    assert columns == {
+        "airline_label": ["", "Blue"],
+        "airline_prediction": ["Blue", "Red"],
+        "airline_probability": ["0.750000", "0.900000"],
+    }
+    value = make("clarity", "regression")
+    assert value.columns(np.array([0.5], np.float32), np.array([NAN], np.float32)) == {
+        "clarity_label": [""],
+        "clarity_prediction": ["0.500000"],
+    }
