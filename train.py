@@ -35,6 +35,8 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):
             print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

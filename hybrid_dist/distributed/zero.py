@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from hybrid_dist.distributed.launch import Topology
 
 def configure(topology: Topology, train: TrainConfig, accumulation: int) -> dict[str, Any]:
     """Write what the run's config fixes into the launch file's DeepSpeed config, and return that."""
+    # DeepSpeed 0.19 calls what torch 2.14 has renamed; that says it again at every collective.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     config: dict[str, Any] = topology.accelerator.state.deepspeed_plugin.deepspeed_config
     config.update(
         train_micro_batch_size_per_gpu=train.micro_batch_size,

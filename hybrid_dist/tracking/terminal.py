@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -69,7 +69,14 @@ class Terminal:
             self._bar.stop()
         self._bar = self._task = None
 
-    def metrics(self, title: str, values: dict[str, Any]) -> None:
-        """A validation's result on one line."""
-        shown = [f"{key.removeprefix('val/')} {value:.4f}" for key, value in values.items() if value is not None]
-        self.say(f"{title}: " + ", ".join(shown))
+    def metrics(self, title: str, values: Mapping[str, float | None], tasks: Sequence[str]) -> None:
+        """A validation's result: score and loss, then each task's own metrics."""
+        parts = [f"score {values['val/score']:.4f}, loss {values['val/loss']:.4f}"]
+        for task in tasks:
+            own = {
+                key.removeprefix(f"val/{task}_"): value
+                for key, value in values.items()
+                if key.startswith(f"val/{task}_")
+            }
+            parts.append(f"{task} " + " ".join(f"{key} {value:.3f}" for key, value in own.items() if value is not None))
+        self.say(f"{title}: " + "; ".join(parts))

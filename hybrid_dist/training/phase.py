@@ -174,7 +174,10 @@ class PhaseLoop:
         }
 
     def _log(self) -> None:
+        began = time.monotonic()
         total, *each = self.losses.take_mean()
+        # A GPU runs behind the loop; here the loop has waited for it.
+        self._worked += time.monotonic() - began
         names = [task.name for task in self.job.tasks]
         values = {"train/loss": total, **{f"train/loss_{name}": loss for name, loss in zip(names, each, strict=True)}}
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
@@ -213,7 +216,8 @@ class PhaseLoop:
             self.metrics_file.write({**self._where(), **metrics})
         job.terminal.end()
         epoch = self.length.epoch(self.state.phase_step)
-        job.terminal.metrics(f"phase {self.phase.name}, epoch {epoch}, step {self.state.step}", metrics)
+        names = [task.name for task in job.tasks]
+        job.terminal.metrics(f"phase {self.phase.name}, epoch {epoch}, step {self.state.step}", metrics, names)
         self._save(files)
         self._begin()
 
