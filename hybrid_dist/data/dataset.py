@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -155,7 +156,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises PictureError, in this process, when it is that batch's turn."""
-        for batch in self.loader:
+        with _signals_held():
+            batches = iter(self.loader)
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -200,16 +203,31 @@ def _start_worker(_: int) -> None:
     _ignore_signals()
 
 
+_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Workers that are forked within it begin with these signals blocked, in every thread that they will have.
+
+    Arrow starts its threads anew in a forked process before any code of ours runs there: one thread that does not
+    block SIGTERM is enough for the signal to end the worker.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_IGNORED, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals() -> None:
     """A signal to the whole group or job is for the main process, which still needs batches to reach a checkpoint."""
-    for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return
     # SIGTERM from the parent is how it ends a worker that it has given up on (and how Python does so at exit).
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 

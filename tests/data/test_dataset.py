@@ -8,6 +8,8 @@ import signal
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from PIL import Image
@@ -161,6 +163,9 @@ def test_a_bad_picture_is_the_users_to_fix_in_any_process(tmp_path, workers):
 def test_workers_outlive_signals_to_the_group_but_obey_their_parent(table):
     """Catches a SIGTERM to the whole job that kills the workers before the main process has saved its checkpoint."""
     others = multiprocessing.active_children()
+    # Arrow has threads by now, as after reading a table: a forked worker gets new ones before its first line of Python.
+    pa.concat_tables([pa.table({"x": range(10)})] * 4).take(list(range(40)))
+    pa.csv.read_csv(pa.py_buffer(b"a,b\n" + b"1,2\n" * 300_000))
     loader = iter(make_loader(samples(table), train_sampler(end=300), 2, pin_memory=False))
     for _ in range(4):
         next(loader)
