@@ -111,30 +111,31 @@ def tiny_values(data: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def launch(*arguments: str, config_file: str | None = None, timeout: float = 300, check: bool = True,
-           extra: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def launch(
+    *arguments: str,
+    config_file: str | None = None,
+    timeout: float = 300,
+    check: bool = True,
+    extra: tuple[str, ...] = (),
+    gpu: bool = False,
+) -> subprocess.CompletedProcess[str]:
     """Run train.py through a launch file, or plainly in one process, with one thread a process."""
     command = [sys.executable, "train.py", *arguments]
     if config_file is not None:
         launcher = [sys.executable, "-m", "accelerate.commands.launch"]
         command = [*launcher, "--config_file", f"launch/accelerate/{config_file}.yaml", *extra, "train.py", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), timeout=timeout, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment(gpu), timeout=timeout, capture_output=True, text=True, check=False
     )
     if check and done.returncode != 0:
         pytest.fail(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
 
 
-def environment() -> dict[str, str]:
-    """The caller's environment, with one thread a process and no GPU."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
+def environment(gpu: bool = False) -> dict[str, str]:
+    """The caller's environment, with one thread a process, no hub, and no GPU unless asked for."""
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **changes, **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

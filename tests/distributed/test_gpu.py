@@ -1,0 +1,39 @@
+"""The same runs on a GPU. Never measured where there is none: skipped with that reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from tests.conftest import launch, read_lines, tiny_values
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train(data: Path, folder: Path, config_file: str | None, precision: str, gpu: bool) -> list[dict]:
+    folder.mkdir()
+    values = tiny_values(data, folder)
+    values["train"]["precision"] = precision
+    YAML().dump(values, folder / "config.yaml")
+    extra = ("--num_processes", "1") if config_file else ()
+    launch("--config", str(folder / "config.yaml"), config_file=config_file, extra=extra, gpu=gpu)
+    return read_lines(folder / "runs" / "tiny" / "trace.jsonl")
+
+
+@pytest.mark.parametrize("config_file", ["single_gpu", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.1)])
+def test_gpu_follows_cpu(config_file: str, precision: str, bound: float, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a device, dtype or scaler that only CUDA meets; other samples or pixels than on a CPU."""
+    want = train(tiny_data, tmp_path / "cpu", None, "fp32", gpu=False)
+    have = train(tiny_data, tmp_path / "gpu", config_file, precision, gpu=True)
+    assert [(line["sample_ids"], line["digest"]) for line in have] == [
+        (line["sample_ids"], line["digest"]) for line in want
+    ]
+    for one, other in zip(want, have, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=bound), f"step {one['step']}"
