@@ -27,9 +27,10 @@ def main() -> int:
         from hybrid_dist.training.run import run
 
         topology = start(config.train.precision)
-        code = run(config, topology, arguments.phase, arguments.fresh)
-        leave()
-        return code
+        try:
+            return run(config, topology, arguments.phase, arguments.fresh)
+        finally:
+            leave()
     except UserError as error:
         # What every rank runs into, rank 0 says; what one has met alone in training, it says itself.
         if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):

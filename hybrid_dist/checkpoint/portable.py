@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,6 @@ class PieceReader:
     def step(self, name: str) -> int | None:
         """How often the optimizer has updated the parameter; None where it has no state."""
         return self._steps.get(name)
-
-    def names(self) -> Iterator[str]:
-        """Every parameter that has a weight here."""
-        return (name for name, kind in self._runs if kind == "weight")
 
     def __call__(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         runs = self._runs.get((name, kind), [])

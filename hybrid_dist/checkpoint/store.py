@@ -71,9 +71,11 @@ class Store:
                 _sync(temporary / file)
                 manifest[file] = _describe(temporary / file)
             write_atomic(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1))
+            replaced = final.with_name(f".{name}.old")
             if final.exists():
-                shutil.rmtree(final)
+                final.replace(replaced)
             temporary.replace(final)
+            shutil.rmtree(replaced, ignore_errors=True)
             _sync(self.folder)
             self._prune(final)
         self.control.barrier()
@@ -102,8 +104,15 @@ class Store:
         found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         return sorted(found, key=lambda path: (_step_of(path), _written(path)), reverse=True)
 
+    def sweep(self) -> None:
+        """Clear away what saves that were cut off have left; rank 0 alone, while nothing is being saved."""
+        for pattern in (".*.partial", ".*.old"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _prune(self, newest: Path) -> None:
-        for path in [path for path in self._candidates() if path != newest][max(self.keep - 1, 0) :]:
+        older = [path for path in self._candidates() if _step_of(path) < _step_of(newest)]
+        for path in older[max(self.keep - 1, 0) :]:
             # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
             doomed = path.with_name(f".{path.name}.old")
             shutil.rmtree(doomed, ignore_errors=True)

@@ -83,7 +83,7 @@ class Engine(ABC):
 
     @abstractmethod
     def set_lr(self, lr: float) -> None:
-        """The rate of the next step, for every parameter group in proportion to its `lr_scale`."""
+        """The rate of the next step."""
 
     @property
     @abstractmethod
@@ -139,7 +139,7 @@ class Engine(ABC):
         return Piece(part.name, part.start, values, int(state["step"]) if state else None)
 
 
-def scaled_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set each group's rate to `lr` times its `lr_scale` (1 where it has none)."""
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr

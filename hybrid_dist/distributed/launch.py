@@ -23,7 +23,6 @@ class Topology:
 
     rank: int
     world_size: int
-    local_rank: int
     local_world_size: int
     device: torch.device
     label: str
@@ -44,7 +43,8 @@ def start(precision: str) -> Topology:
     Raises:
         UserError: the device can't do the precision.
     """
-    has_cuda = torch.cuda.is_available()
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    has_cuda = torch.cuda.is_available() and not asked_for_cpu
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_precision(precision, has_cuda)
     group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=RENDEZVOUS_TIMEOUT)
@@ -60,10 +60,14 @@ def start(precision: str) -> Topology:
         mixed_precision="no" if deepspeed or precision == "fp32" else precision,
         kwargs_handlers=handlers,
     )
+    if precision == "fp16" and deepspeed and accelerator.state.deepspeed_plugin.zero_stage > 0:
+        # Its loss scale and its clipping don't know of each other: gradients come out 65,536 times too small.
+        raise UserError(
+            "train.precision: DeepSpeed's fp16 autocast is wrong at ZeRO 1 to 3; bf16, fp32, or DDP would do"
+        )
     return Topology(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        local_rank=max(accelerator.local_process_index, 0),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=accelerator.device,
         label=_label(accelerator),

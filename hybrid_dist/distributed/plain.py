@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, scaled_lr
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
 from hybrid_dist.distributed.launch import Topology
 
 
@@ -21,6 +21,11 @@ class PlainEngine(Engine):
         self.topology = topology
         self.clip_norm = clip_norm
         self.model = model
+        # A launcher's environment may say otherwise, and Accelerate would divide each gradient by it.
+        self.accelerator.gradient_accumulation_steps = 1
+        if self.accelerator.scaler is not None:
+            # Accelerate makes one for the process; a phase begins with a fresh one, in one job or in three.
+            self.accelerator.scaler = torch.amp.GradScaler(topology.device.type)
         self.wrapped, self.prepared = self.accelerator.prepare(model, optimizer)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.norm: Tensor | None = None
@@ -50,7 +55,7 @@ class PlainEngine(Engine):
         return float(self.norm) if self.norm is not None else 0.0
 
     def set_lr(self, lr: float) -> None:
-        scaled_lr(self.optimizer, lr)
+        set_rate(self.optimizer, lr)
 
     def slices(self) -> Iterator[OptimizerSlice]:
         for name, parameter in self.model.named_parameters():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_dist.config import TrainConfig
-from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, scaled_lr
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
 from hybrid_dist.distributed.launch import Topology
 
 
@@ -83,7 +83,7 @@ class ZeroEngine(Engine):
         return float(norm) if norm is not None else 0.0
 
     def set_lr(self, lr: float) -> None:
-        scaled_lr(self.zero, lr)
+        set_rate(self.zero, lr)
 
     def slices(self) -> Iterator[OptimizerSlice]:
         find = {0: self._slice_whole, 1: self._slice_flat, 2: self._slice_flat, 3: self._slice_partition}[self.stage]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -22,8 +23,12 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line, and hand it to the system at once: what is there can be read while training goes on."""
-        self._file.write(json.dumps(values) + "\n")
+        """Append a line, and hand it to the system at once: what is there can be read while training goes on.
+
+        JSON has no NaN and no infinity; they stand as null.
+        """
+        finite = {key: None if _not_finite(value) else value for key, value in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def position(self) -> int:
@@ -33,6 +38,10 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def write_status(folder: Path, state: str, phase: str | None, step: int, reason: str) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
-from hybrid_dist.config import TrainConfig
 from hybrid_dist.model.hybrid import Hybrid
 
 # Positions and single tokens, not maps of features; timm's own lists don't name them in every family.
@@ -37,11 +35,6 @@ def param_groups(model: Hybrid, weight_decay: float) -> list[dict[str, Any]]:
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
-
-
-def build_optimizer(model: Hybrid, train: TrainConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `param_groups`; every group starts at `lr`."""
-    return torch.optim.AdamW(param_groups(model, train.weight_decay), lr=lr, betas=train.betas)
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_fraction: float) -> float:

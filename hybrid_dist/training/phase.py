@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ from hybrid_dist.checkpoint import write_shard
 from hybrid_dist.config import PhaseConfig
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
+from hybrid_dist.errors import UserError
 from hybrid_dist.tracking import JsonLines, write_status
 from hybrid_dist.training.optim import learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, publish_best
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
-from hybrid_dist.training.validate import metrics_of, predictions_csv, validate
+from hybrid_dist.training.validate import metrics_of, predictions_csv, raise_together, validate
 
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
@@ -101,9 +103,9 @@ class PhaseLoop:
         self._begin()
         while self.state.phase_step < self.length.total:
             began = time.monotonic()
-            step_batches = [next(batches) for _ in range(self.job.accumulation)]
+            step_batches, problem = self._load(batches)
             self._waited += time.monotonic() - began
-            counts = self._agree(step_batches)
+            counts = self._agree(step_batches, problem)
             self._step(step_batches, counts)
             self._worked += time.monotonic() - began
             self._after_step(val)
@@ -116,10 +118,20 @@ class PhaseLoop:
         label = f"phase {self.phase.name}"
         self.job.terminal.begin(label, self.state.phase_step, self.length.total)
 
-    def _agree(self, batches: list[Batch]) -> dict[str, int]:
-        """The global batch's labels by task, and its samples; here all ranks also learn that one was asked to stop."""
+    def _load(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
+        """The step's micro batches, or what is wrong with them."""
+        try:
+            return [next(batches) for _ in range(self.job.accumulation)], None
+        except UserError as error:
+            return [], str(error)
+
+    def _agree(self, batches: list[Batch], problem: str | None) -> dict[str, int]:
+        """The global batch's labels by task. Here all ranks also learn that one has a problem, or was asked to stop."""
         tasks = self.job.tasks
-        *counts, samples, asked = self.control.total([*label_counts(tasks, batches), int(self.job.stop.requested())])
+        facts = [*label_counts(tasks, batches), int(self.job.stop.requested()), int(problem is not None)]
+        *counts, samples, asked, problems = self.control.total(facts)
+        if problems:
+            raise_together(self.control, problem)
         if asked:
             self._stop()
         self.state.samples += samples
@@ -178,6 +190,9 @@ class PhaseLoop:
         total, *each = self.losses.take_mean()
         # A GPU runs behind the loop; here the loop has waited for it.
         self._worked += time.monotonic() - began
+        if not math.isfinite(total):
+            where = f"phase {self.phase.name}, step {self.state.step}"
+            raise UserError(f"{where}: the loss is {total}; a lower learning rate would do", shared=True)
         names = [task.name for task in self.job.tasks]
         values = {"train/loss": total, **{f"train/loss_{name}": loss for name, loss in zip(names, each, strict=True)}}
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
@@ -206,8 +221,9 @@ class PhaseLoop:
         metrics = self.control.from_main(metrics_of(result, job.tasks) if result is not None else None)
         assert metrics is not None
         files: dict[str, str] = {}
-        if self.state.best_score is None or (metrics["val/score"] or 0.0) > self.state.best_score:
-            self.state.best_score, self.state.best_step = metrics["val/score"], self.state.step
+        found = metrics["val/score"] or 0.0
+        if self.state.best_score is None or found > self.state.best_score:
+            self.state.best_score, self.state.best_step = found, self.state.step
             self.state.best_metrics = metrics
             if result is not None:
                 names = [job.val_table.filename(int(row)) for row in result.rows]
@@ -234,11 +250,12 @@ class PhaseLoop:
         def write(path: Path) -> None:
             write_shard(path, self.engine.pieces(), buffers)
 
-        state = {**self.state.state_dict(), "world_size": self.topology.world_size, "topology": self.topology.label}
+        shapes = {name: list(shape) for name, shape in self.layout.shapes.items()}
+        state = {**self.state.state_dict(), "topology": self.topology.label, "shapes": shapes}
         path = self.job.store.save(f"{self.phase.name}-{self.state.step}", state, write, files)
         self.saved_at = self.state.phase_step
         if self.topology.is_main:
-            publish_best(self.job.folder, path, self.state, self.layout.shapes)
+            publish_best(self.job.folder, path)
         self.control.barrier()
 
     def _stop(self) -> None:
@@ -246,7 +263,7 @@ class PhaseLoop:
             self._save({})
         self.job.terminal.end()
         reasons = [reason for reason in self.control.to_all(self.job.stop.reason) if reason]
-        raise Stopped(reasons[0] if reasons else "asked to stop", self.state)
+        raise Stopped(reasons[0] if reasons else "asked to stop")
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.distributed import Topology, make_engine
 from hybrid_dist.errors import UserError
-from hybrid_dist.model.hybrid import Hybrid, build_model, check_model
+from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import Terminal, write_status
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
@@ -95,19 +96,19 @@ def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> in
     job = _agree(topology, lambda: prepare(config, topology, terminal, stop))
     resumes = _agree(topology, lambda: check_folder(config, only, fresh))
     found = job.store.newest() if resumes else None
-    state = _agree(topology, lambda: _position(job, found, only))
+    state = _agree(topology, lambda: _position(job, found, only, fresh))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
-    _claim_folder(job, fresh)
+    _claim_folder(job, fresh, found)
     _report_unseen(job)
     try:
-        state = _train(job, state, found, only, initial)
-        _status(job, "finished", state, _finish(job, state))
+        _train(job, state, found, only, initial)
+        _finish(job, state)
         return DONE
     except Stopped as asked:
-        _status(job, "stopped", asked.state, str(asked))
+        _status(job, "stopped", state, str(asked))
         stop.done()
-        terminal.say(f"stopped at step {asked.state.step} ({asked}); the same command goes on from there")
+        terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return STOPPED
     except BaseException as error:
         _status(job, "failed", state, f"{type(error).__name__}: {error}")
@@ -131,6 +132,9 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
     if topology.is_main:
         check_pictures(train_table)
         check_pictures(val_table)
+    judged = [name for name, task in config.tasks.items() if task.share(name) > 0 and val_table.valid_counts()[name]]
+    if not judged:
+        raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
@@ -215,17 +219,23 @@ def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
     return [pair for key, value in entries for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _data_sums(config: Config) -> dict[str, str]:
-    """SHA-256 of each split's CSV."""
+def _data_sums(job: Job) -> dict[str, str]:
+    """SHA-256 of each split's CSV, and of the classes that its labels count in."""
     sums = {}
-    for split, path in (("train", config.data.train_csv), ("val", config.data.val_csv)):
+    for key, path in (("data.train_csv", job.config.data.train_csv), ("data.val_csv", job.config.data.val_csv)):
         with Path(path).open("rb") as file:
-            sums[split] = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, classes in job.class_maps.items():
+        text = json.dumps(classes.to_json(), sort_keys=True)
+        sums[f"the classes of {name}"] = hashlib.sha256(text.encode()).hexdigest()
     return sums
 
 
-def _claim_folder(job: Job, fresh: bool) -> None:
-    """Make the run's folder, with its config; under `--fresh` an old one keeps everything under another name."""
+def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:
+    """Make the run's folder, with its config; under `--fresh` an old one keeps everything under another name.
+
+    In a folder that goes on, what an earlier start was cut off in is finished or cleared away.
+    """
     folder = job.folder
     if job.topology.is_main:
         if fresh and folder.exists():
@@ -235,6 +245,9 @@ def _claim_folder(job: Job, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "config.yaml", job.config.to_yaml())
         job.stop.clear_stale()
+        job.store.sweep()
+        if found is not None:
+            publish_best(job.folder, found.path)
     job.topology.control.barrier()
 
 
@@ -245,23 +258,24 @@ def _report_unseen(job: Job) -> None:
         job.terminal.say(f"warning: validation: {line}")
 
 
-def _position(job: Job, found: Found | None, only: str | None) -> TrainState:
+def _position(job: Job, found: Found | None, only: str | None, fresh: bool) -> TrainState:
     """Where the run stands: at its newest checkpoint, or at its beginning.
 
     Raises:
         UserError: the data is not what the run was trained on; the phase `only` is not next.
     """
-    sums = _data_sums(job.config)
+    sums = _data_sums(job)
     names = [phase.name for phase in job.config.phases]
     if found is None:
+        traces = [*job.folder.glob("phase_*/best.json"), *job.folder.glob("checkpoints/[!.]*")]
+        if traces and not fresh:
+            raise UserError(f"{job.folder}: there is {traces[0]}, but no valid checkpoint; --fresh would start over")
         state = TrainState(names[0], data=sums)
     else:
         state = TrainState.from_dict(found.state)
-        changed = [f"data.{split}_csv" for split in sums if sums[split] != state.data.get(split)]
+        changed = [key for key in sums if sums[key] != state.data.get(key)]
         if changed:
-            raise UserError(
-                f"{' and '.join(changed)}: not the data that {job.folder} was trained on; --fresh would start over"
-            )
+            raise UserError(f"{' and '.join(changed)}: not what {job.folder} was trained on; --fresh would start over")
     next_phase = names.index(state.phase) + (1 if state.finished else 0)
     if only is not None and names.index(only) > next_phase:
         before = names[names.index(only) - 1]
@@ -269,8 +283,8 @@ def _position(job: Job, found: Found | None, only: str | None) -> TrainState:
     return state
 
 
-def _train(job: Job, state: TrainState, found: Found | None, only: str | None, initial: list[Hybrid]) -> TrainState:
-    """Go through the phases that are left, or through `only`. Returns where the run stands then."""
+def _train(job: Job, state: TrainState, found: Found | None, only: str | None, initial: list[Hybrid]) -> None:
+    """Go through the phases that are left, or through `only`; `state` moves along."""
     names = [phase.name for phase in job.config.phases]
     for index, phase in enumerate(job.config.phases):
         if only not in (None, phase.name):
@@ -280,10 +294,9 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
             job.terminal.say(f"phase {phase.name} is finished")
             continue
         if index > at:
-            state = state.next_phase(phase.name)
+            state.begin(phase.name)
         _run_phase(job, phase, state, found, initial.pop() if initial else None)
         found = job.store.newest()
-    return state
 
 
 def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> None:
@@ -293,6 +306,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         model = job.build(load=False)
         model.load_state_dict(_weights(job, phase, state, found, model))
     model.set_trainable(phase.trainable)
+    _status(job, "running", state, job.topology.label)
+    _announce(job, phase, state, model)
     layout = Layout.of(model)
     engine = make_engine(
         job.topology, model, param_groups(model, job.config.train.weight_decay), job.config.train, job.accumulation
@@ -302,9 +317,6 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             assert found is not None
             engine.load_optimizer(PieceReader(found.shards))
             engine.load_extra_state(state.engine)
-            if job.topology.is_main:
-                publish_best(job.folder, found.path, state, layout.shapes)
-        _announce(job, phase, state)
         PhaseLoop(job, phase, state, engine, layout).run()
     finally:
         engine.close()
@@ -321,27 +333,30 @@ def _weights(
     return load_file(phase_folder(job.folder, before) / "best.safetensors")
 
 
-def _announce(job: Job, phase: PhaseConfig, state: TrainState) -> None:
-    length = job.length(phase)
+def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) -> None:
+    length, counts = job.length(phase), describe(model)["all"]
     at = f", from step {state.phase_step}" if state.phase_step else ""
     job.terminal.say(
-        f"phase {phase.name}: {', '.join(phase.trainable)} for {length.total} steps"
+        f"phase {phase.name}: {', '.join(phase.trainable)}"
+        f" ({counts['trainable'] / 1e6:.1f} of {counts['total'] / 1e6:.1f} M parameters) for {length.total} steps"
         f" of {job.config.train.global_batch_size} on {job.topology.label}{at}"
     )
 
 
-def _finish(job: Job, state: TrainState) -> str:
-    """After the last phase, make `model/`. Returns what became of the run."""
+def _finish(job: Job, state: TrainState) -> None:
+    """Say what is left; after the last phase, make `model/`."""
     names = [phase.name for phase in job.config.phases]
-    left = names[names.index(state.phase) + 1 :]
+    left = names[names.index(state.phase) + (1 if state.finished else 0) :]
     if left:
-        reason = f"phase {state.phase} is finished, {' and '.join(left)} left"
+        reason = f"phase {state.phase} is finished" if state.finished else f"phase {state.phase} is not finished yet"
+        reason += f", {' and '.join(left)} left"
     else:
         reason = "all phases are finished"
-        if job.topology.is_main and not (job.folder / "model" / "model.json").is_file():
+        if job.topology.is_main:
             publish_model(job.folder, state.phase, describe_model(job.config, job.class_maps))
+    if state.finished:
+        _status(job, "finished", state, reason)
     job.terminal.say(f"{reason}: {job.folder}")
-    return reason
 
 
 def _status(job: Job, state: str, where: TrainState, reason: str) -> None:

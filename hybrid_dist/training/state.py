@@ -26,7 +26,7 @@ class TrainState:
     engine: dict[str, Any] = field(default_factory=dict)
     """The backend's own: the loss scaler."""
     data: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each split's CSV."""
+    """SHA-256 of each split's CSV and of each task's classes."""
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -38,8 +38,8 @@ class TrainState:
         known = {entry.name for entry in fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
-    def next_phase(self, name: str) -> TrainState:
-        """The start of the phase after this one."""
-        return TrainState(
-            phase=name, step=self.step, samples=self.samples, positions=dict(self.positions), data=dict(self.data)
-        )
+    def begin(self, phase: str) -> None:
+        """Go on to the start of another phase; what counts over the whole run stays."""
+        fresh = TrainState(phase, step=self.step, samples=self.samples, positions=self.positions, data=self.data)
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(fresh, entry.name))

@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from hybrid_dist.training.state import TrainState
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stop:
@@ -24,7 +22,9 @@ class Stop:
     def listen(self) -> None:
         """Take the signals over from Python's defaults."""
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            # nohup has SIGHUP ignored, and means it.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
@@ -54,8 +54,4 @@ class Stop:
 
 
 class Stopped(Exception):
-    """The run has checkpointed at `state` and stops because somebody asked; exit code 75."""
-
-    def __init__(self, reason: str, state: TrainState):
-        super().__init__(reason)
-        self.state = state
+    """The run has checkpointed and stops because somebody asked; exit code 75."""

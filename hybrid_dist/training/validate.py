@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hybrid_dist.distributed import Control, Engine
+from hybrid_dist.errors import UserError
 from hybrid_dist.training.tasks import Metrics, Task, score
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Validated:
     predictions: dict[str, NDArray[np.float32]]
     targets: dict[str, NDArray[Any]]
     losses: dict[str, NDArray[np.float32]]
+
+
+Part = tuple[NDArray[np.int64], dict[str, tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32]]]]
+"""A batch's rows; and for each task predictions, targets and losses."""
 
 
 @torch.no_grad()
@@ -45,28 +50,52 @@ def validate(
         tick: Told the number of samples after each batch.
     """
     engine.model.eval()
-    parts: list[dict[str, Any]] = []
-    for batch in batches:
+    parts: list[Part] = []
+    for batch in together(batches, control):
         outputs = engine.forward(batch.images.to(device, non_blocking=True))
-        part: dict[str, Any] = {"rows": batch.rows.numpy()}
+        part: dict[str, Any] = {}
         for task in tasks:
             target = batch.labels[task.name]
             losses = task.losses(outputs[task.name], target.to(device, non_blocking=True))
             part[task.name] = (task.predict(outputs[task.name]).cpu().numpy(), target.numpy(), losses.cpu().numpy())
-        parts.append(part)
+        parts.append((batch.rows.numpy(), part))
         tick(len(batch.rows))
     gathered = control.to_main(parts)
     return None if gathered is None else _join([part for rank in gathered for part in rank], tasks)
 
 
-def _join(parts: list[dict[str, Any]], tasks: Sequence[Task]) -> Validated:
-    rows = np.concatenate([part["rows"] for part in parts])
+def together(batches: Iterable[Batch], control: Control) -> Iterator[Batch]:
+    """The batches, as many on every rank; if one rank can't have its next one, all raise the same.
+
+    Under ZeRO 3 a rank that leaves alone would let the others wait for its share of the weights.
+    """
+    iterator = iter(batches)
+    while True:
+        problem, batch = None, None
+        try:
+            batch = next(iterator, None)
+        except UserError as error:
+            problem = str(error)
+        if control.total([int(problem is not None)])[0]:
+            raise_together(control, problem)
+        if batch is None:
+            return
+        yield batch
+
+
+def raise_together(control: Control, problem: str | None) -> NoReturn:
+    """Raise the first rank's problem on every rank; all of them call it."""
+    raise UserError(next(text for text in control.to_all(problem) if text is not None), shared=True)
+
+
+def _join(parts: list[Part], tasks: Sequence[Task]) -> Validated:
+    rows = np.concatenate([part_rows for part_rows, _ in parts])
     real = np.flatnonzero(rows >= 0)
     order = real[np.argsort(rows[real], kind="stable")]
-    columns = {
-        task.name: [np.concatenate(column)[order] for column in zip(*(part[task.name] for part in parts), strict=True)]
-        for task in tasks
-    }
+    columns = {}
+    for task in tasks:
+        each = zip(*(part[task.name] for _, part in parts), strict=True)
+        columns[task.name] = [np.concatenate(column)[order] for column in each]
     return Validated(
         rows=rows[order],
         predictions={name: column[0] for name, column in columns.items()},

@@ -43,6 +43,8 @@ def cut_back(whole: Path, folder: Path) -> None:
     for checkpoint in (run / "checkpoints").iterdir():
         if int(checkpoint.name.rpartition("-")[2]) > CUT:
             shutil.rmtree(checkpoint)
+    if json.loads((run / "phase_b" / "best.json").read_text())["step"] > CUT:
+        shutil.rmtree(run / "phase_b")
     shutil.rmtree(run / "phase_c")
     shutil.rmtree(run / "model")
 

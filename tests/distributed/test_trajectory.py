@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from tests.conftest import launch, read_lines, tiny_values
 
@@ -30,11 +32,14 @@ def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(tiny_data, tmp_path_factory.mktemp("reference"), None, (), 8)
 
 
-def train(data: Path, folder: Path, config_file: str | None, extra: tuple[str, ...], micro: int) -> Path:
+def train(
+    data: Path, folder: Path, config_file: str | None, extra: tuple[str, ...], micro: int, precision: str = "fp32"
+) -> Path:
     config = folder / "config.yaml"
     values = tiny_values(data, folder)
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
+    values["train"]["precision"] = precision
     YAML().dump(values, config)
     launch("--config", str(config), f"train.micro_batch_size={micro}", config_file=config_file, extra=extra)
     return folder / "runs" / "tiny"
@@ -56,6 +61,10 @@ def test_reference_sees_every_sample_once_an_epoch(reference: Path) -> None:
     assert len({line["digest"] for line in trace}) == 30
 
 
+def grad_norms(run: Path) -> list[float]:
+    return [line["train/grad_norm"] for line in read_lines(run / "metrics.jsonl") if "train/grad_norm" in line]
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_same_trajectory(name: str, reference: Path, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: an order, an augmentation, a normalisation of the loss, a clipping or a schedule that knows ranks,
@@ -68,9 +77,21 @@ def test_same_trajectory(name: str, reference: Path, tiny_data: Path, tmp_path: 
     ]
     for want, have in zip(expected, found, strict=True):
         assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), f"{name}, step {want['step']}"
+    for want, have in zip(grad_norms(reference), grad_norms(run), strict=True):
+        assert have == pytest.approx(want, rel=1e-4), "losses alone would not show a gradient that is off by a factor"
     wants = [line for line in read_lines(reference / "metrics.jsonl") if "val/score" in line]
     haves = [line for line in read_lines(run / "metrics.jsonl") if "val/score" in line]
     assert [line["step"] for line in haves] == [line["step"] for line in wants]
     for want, have in zip(wants, haves, strict=True):
         assert have["val/loss"] == pytest.approx(want["val/loss"], rel=1e-5)
         assert have["val/clarity_mae"] == pytest.approx(want["val/clarity_mae"], rel=1e-4)
+
+
+def test_bf16_follows_on_zero2(reference: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: an autocast that DeepSpeed does not get to see, or weights and moments that are bf16 too."""
+    run = train(tiny_data, tmp_path, "zero2", (), 4, precision="bf16")
+    wants, haves = read_lines(reference / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    assert [line["digest"] for line in haves] == [line["digest"] for line in wants]
+    differences = [abs(have["loss"] / want["loss"] - 1) for want, have in zip(wants, haves, strict=True)]
+    assert 1e-7 < max(differences) < 0.02
+    assert {tensor.dtype for tensor in load_file(run / "model" / "model.safetensors").values()} == {torch.float32}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig, TrainConfig
+from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig
 from hybrid_dist.model.hybrid import Hybrid, build_model
-from hybrid_dist.training.optim import build_optimizer, learning_rate, param_groups
+from hybrid_dist.training.optim import learning_rate, param_groups
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +78,6 @@ def test_tables_and_what_timm_exempts_are_spared(name, exempt):
         model = build_model(config, {"s": TaskConfig(kind="regression", column="s")}, {}, 256, 0, load=False)
     spared = {name for group in param_groups(model, 0.1) if group["weight_decay"] == 0 for name in group["names"]}
     assert {f"transformer.net.{entry}" for entry in exempt} <= spared
-
-
-def test_optimizer_is_adamw_with_the_configs_numbers(model):
-    """Catches betas, rate or decay that never arrive."""
-    model.set_trainable(["all"])
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3, betas=(0.8, 0.95)), 2e-4)
-    assert type(optimizer) is torch.optim.AdamW
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
-    assert all(group["lr"] == 2e-4 and group["betas"] == (0.8, 0.95) for group in optimizer.param_groups)
-    assert all(len(group["names"]) == len(group["params"]) for group in optimizer.param_groups)
 
 
 def test_rate_at_chosen_steps():

@@ -100,9 +100,9 @@ def plan_picture(split: str, index: int, seed: int) -> Plan:
 
 def _view(rng: np.random.Generator, grounded: bool, length: float) -> View:
     return View(
-        yaw=float(rng.uniform(-20, 20)),
-        elevation=float(rng.uniform(-2, 9) if grounded else rng.uniform(-15, 8)),
-        tilt=float(rng.uniform(-1, 1) if grounded else rng.uniform(-4, 8)),
+        yaw=float(rng.uniform(-8, 8)),
+        elevation=float(rng.uniform(-1, 4) if grounded else rng.uniform(-7, 5)),
+        tilt=float(rng.uniform(-1, 1) if grounded else rng.uniform(-3, 5)),
         distance=float(length * rng.uniform(2.5, 6.0)),
         facing=1 if rng.random() < 0.5 else -1,
     )

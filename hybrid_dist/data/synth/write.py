@@ -19,7 +19,7 @@ from hybrid_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 # Goes up when the pictures of a seed change, so that a data set of an older renderer is not taken for a current one.
-RENDERER = 1
+RENDERER = 2
 RECORD = "synth.json"
 JPEG_QUALITY = 92
 CHUNK = 25  # pictures a worker renders before it reports

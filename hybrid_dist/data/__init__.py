@@ -1,0 +1,1 @@
+"""CSV row → sample → batch; and pictures rendered for trying things out."""
