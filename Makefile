@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 .PHONY: train test soak clean
 
 train: $(VENV)/.train
-	$(BIN)/hybrid-dist synth data/quickstart --train 6000 --val 600 --seed 0 --workers 2
+	$(BIN)/hybrid-dist synth data/quickstart --train 8000 --val 600 --seed 0 --workers 2
 	$(BIN)/accelerate launch --config_file launch/accelerate/single_gpu.yaml train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.test
