@@ -31,5 +31,5 @@ def make_engine(
     if offloads_optimizer(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options))
-    return ZeroEngine(topology, model, torch.optim.AdamW(groups, **options))
+        return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
+    return ZeroEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)

@@ -24,7 +24,8 @@ def configure(topology: Topology, train: TrainConfig, accumulation: int) -> dict
         train_micro_batch_size_per_gpu=train.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         train_batch_size=train.micro_batch_size * accumulation * topology.world_size,
-        gradient_clipping=train.clip_norm,
+        # At stage 0 DeepSpeed would clip without telling the norm: there it is done in ZeroEngine.
+        gradient_clipping=train.clip_norm if topology.accelerator.state.deepspeed_plugin.zero_stage > 0 else 0.0,
         steps_per_print=None,
         # The right optimizer for offload is made in make.py; accelerate's own mapping would drop its betas.
         zero_force_ds_cpu_optimizer=False,
@@ -50,13 +51,17 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 class ZeroEngine(Engine):
     """A DeepSpeed engine. What requires a gradient is fixed when it is made: a phase has its own."""
 
-    def __init__(self, topology: Topology, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, topology: Topology, model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float):
         self.topology = topology
         self.accelerator = topology.accelerator
         self.model = model
         self.engine, self.prepared = self.accelerator.prepare(model, optimizer)
         self.zero = self.engine.optimizer
         self.stage = self.engine.zero_optimization_stage()
+        self.clip_norm = clip_norm
+        self.norm: Tensor | None = None
+        if self.stage == 0:
+            self.zero.register_step_pre_hook(self._clip)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -78,8 +83,13 @@ class ZeroEngine(Engine):
     def step(self) -> None:
         """Nothing: `backward` of the last micro batch has made the step."""
 
+    def _clip(self, *_: Any) -> None:
+        """Before a stage 0 optimizer's step: gradients are reduced and unscaled by now."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.norm = nn.utils.clip_grad_norm_(trainable, self.clip_norm)
+
     def grad_norm(self) -> float:
-        norm = self.engine.get_global_grad_norm()
+        norm = self.norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
     def set_lr(self, lr: float) -> None:
