@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ HEAD_WIDTH = 64
 MAX_ATTENTION_WIDTH = 512
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """Base of all fusions.
 
     Attributes:
@@ -28,9 +29,9 @@ class Fusion(nn.Module):
         """`widths` of the branches' pooled features, `token_widths` of their feature maps, in the branches' order."""
         super().__init__()
 
+    @abstractmethod
     def forward(self, pooled: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
         """Each branch's (B, C) and (B, N, D) → (B, out_features)."""
-        raise NotImplementedError
 
 
 FUSIONS: dict[str, type[Fusion]] = {}
