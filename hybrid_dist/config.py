@@ -114,6 +114,8 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
+    """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
 
 
 class PhaseConfig(Section):
@@ -131,6 +133,8 @@ class PhaseConfig(Section):
     """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
+    carry_optimizer: bool = False
+    """Begin with the optimizer's state, as of those weights, of what trained in the phase before too."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> PhaseConfig:
@@ -140,10 +144,10 @@ class PhaseConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints, besides the one at each epoch's end."""
+    every_steps: int | None = Field(500, ge=1)
+    """Optimizer steps between checkpoints, besides the one at each epoch's end; null: no others."""
     keep: int = Field(3, ge=1)
-    """The newest so many stay."""
+    """The newest so many stay; and, if the next phase carries its optimizer state on, the best."""
 
 
 class TrackingConfig(Section):
@@ -181,6 +185,8 @@ class Config(Section):
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ValueError(f"phases need different names, got {', '.join(names)}")
+        if self.phases[0].carry_optimizer:
+            raise ValueError("phases.0.carry_optimizer: there is no phase before it to carry anything from")
         return self
 
     @property

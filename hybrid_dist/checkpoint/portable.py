@@ -7,11 +7,14 @@ stage: the pieces of all shards together cover each parameter exactly once.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import re
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ from hybrid_dist.errors import UserError
 _KEY = re.compile(r"^(weight|exp_avg|exp_avg_sq)/(.+)@(\d+)$")
 
 
-def write_shard(path: Path, pieces: Iterable[Piece], buffers: Mapping[str, Tensor]) -> None:
+def write_shard(
+    path: Path, pieces: Iterable[Piece], buffers: Mapping[str, Tensor], tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write one rank's pieces, with the optimizer's step counts, and whole `buffers` of the model.
 
     The file is streamed, tensor by tensor: safetensors' own `save_file` first makes a copy of everything, which for a
@@ -36,6 +41,10 @@ def write_shard(path: Path, pieces: Iterable[Piece], buffers: Mapping[str, Tenso
         path: The safetensors file.
         pieces: What this rank owns, fp32.
         buffers: Persistent buffers, given by one rank alone.
+        tick: Called after each tensor.
+
+    Returns:
+        `bytes` and `sha256` of the file, as a manifest lists them.
     """
     tensors: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
@@ -47,24 +56,41 @@ def write_shard(path: Path, pieces: Iterable[Piece], buffers: Mapping[str, Tenso
             steps[piece.name] = piece.step
     tensors.update({f"buffer/{name}": values.detach() for name, values in buffers.items()})
     metadata = {"format": "hybrid-dist/1", "steps": json.dumps(steps, sort_keys=True)}
-    stream_tensors(path, tensors, tensors.__getitem__, metadata)
+    return stream_tensors(path, tensors, tensors.__getitem__, metadata, tick)
 
 
 def stream_tensors(
-    path: Path, layout: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file of which one tensor at a time is in memory.
+    path: Path,
+    layout: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str],
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Write a safetensors file of which one tensor at a time is in memory; it is on the disk afterwards.
 
     Args:
         layout: Tensors with the shapes and dtypes of what will be written; may be on the meta device.
         read: Gives each of them by its name.
+        tick: Called after each tensor.
+
+    Returns:
+        `bytes` and `sha256` of the file, summed as it is written.
     """
+    total = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(_header(layout, metadata))
+        header = _header(layout, metadata)
+        total.update(header)
+        file.write(header)
         for name, expected in layout.items():
             values = read(name).cpu().contiguous()
             assert (values.shape, values.dtype) == (expected.shape, expected.dtype), name
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            data = values.reshape(-1).view(torch.uint8).numpy().data
+            total.update(data)
+            file.write(data)
+            tick()
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": total.hexdigest()}
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -124,6 +150,23 @@ class PieceReader:
         """How often the optimizer has updated the parameter; None where it has no state."""
         return self._steps.get(name)
 
+    def missing(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """The first parameter of `shapes` whose pieces do not cover it; None if all are whole."""
+        for name, shape in shapes.items():
+            kinds = ("weight",) if name not in self._steps else ("weight", "exp_avg", "exp_avg_sq")
+            if any(self._covered(name, kind) != math.prod(shape) for kind in kinds):
+                return name
+        return None
+
+    def _covered(self, name: str, kind: str) -> int:
+        """Elements from the first on, without a gap; -1 where two pieces overlap."""
+        end = 0
+        for run in self._runs.get((name, kind), []):
+            if run.start != end:
+                return -1 if run.start < end else end
+            end += run.numel
+        return end
+
     def __call__(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         runs = self._runs.get((name, kind), [])
         out = torch.empty(numel, dtype=torch.float32)
@@ -146,8 +189,10 @@ class PieceReader:
         found = {name: self(name, "weight", 0, shape.numel()).view(shape) for name, shape in shapes.items()}
         return found | {name: self._buffer(name) for name in self._buffers}
 
-    def write_weights(self, path: Path, shapes: Mapping[str, torch.Size]) -> None:
-        """The same as a safetensors file, one tensor at a time."""
+    def write_weights(
+        self, path: Path, shapes: Mapping[str, torch.Size], tick: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """The same as a safetensors file, one tensor at a time; returns what `stream_tensors` does."""
         layout = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         layout |= {name: self._buffer(name).to("meta") for name in self._buffers}
 
@@ -156,7 +201,7 @@ class PieceReader:
                 return self._buffer(name)
             return self(name, "weight", 0, shapes[name].numel()).view(shapes[name])
 
-        stream_tensors(path, layout, read, {"format": "pt"})
+        return stream_tensors(path, layout, read, {"format": "pt"}, tick)
 
     def _buffer(self, name: str) -> Tensor:
         return self._files[self._buffers[name]].get_tensor(f"buffer/{name}")

@@ -1,8 +1,8 @@
-"""Checkpoint folders: whole or absent, summed, newest first, pruned.
+"""Checkpoint folders: whole or absent, summed, newest first, pruned. Files only; `saver` brings the ranks together.
 
-Order of a save: every rank writes into a folder with a hidden name; rank 0 collects the sums, writes the state and,
-last, the manifest; the folder gets its name; only then older ones go. A folder without a manifest, or one whose files
-do not have the manifest's sums, is not a checkpoint.
+Order of a save: every rank writes into a folder with a hidden name; rank 0 writes the state and, last, the manifest
+with all sums; the folder gets its name; only then older ones go. A folder without a manifest, or one whose files do not
+have the manifest's sums, is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,133 +11,171 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_dist.distributed.control import Control
+from safetensors import SafetensorError
+
+from hybrid_dist.checkpoint.portable import PieceReader
 
 FORMAT = "hybrid-dist/1"
 STATE, MANIFEST = "state.json", "manifest.json"
 
 
+class Damaged(Exception):
+    """A folder is not a checkpoint that can be gone on from; says why."""
+
+
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that has passed its sums."""
+    """A checkpoint: its folder, its state as plain values, its tensor files."""
 
     path: Path
     state: dict[str, Any]
+    shards: list[Path]
 
-    @property
-    def shards(self) -> list[Path]:
-        """Its tensor files."""
-        return sorted(self.path.glob("shard-*.safetensors"))
+    def reader(self) -> PieceReader:
+        """Its tensors."""
+        return PieceReader(self.shards)
 
 
 class Store:
-    """A run's `checkpoints/` folder, shared by all ranks."""
+    """A run's `checkpoints/` folder."""
 
-    def __init__(self, folder: Path, keep: int, control: Control, warn: Callable[[str], None]):
+    def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
-        self.control = control
-        self.warn = warn
 
-    def save(self, name: str, state: dict[str, Any], write: Callable[[Path], None], files: dict[str, str]) -> Path:
-        """Write checkpoint `name`; all ranks call it together.
+    def begin(self, name: str) -> Path:
+        """An empty folder for checkpoint `name` that nobody takes for one; every attempt gets its own.
+
+        A rank that outlives its run must not write into the next one's.
+        """
+        for left in self.folder.glob(f".{name}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial = self.folder / f".{name}.{os.getpid()}-{time.time_ns():x}.partial"
+        partial.mkdir(parents=True)
+        return partial
+
+    def commit(
+        self, partial: Path, name: str, state: dict[str, Any], files: dict[str, str], sums: dict[str, Any]
+    ) -> Path:
+        """Make `partial`, with the shards that `sums` lists, the checkpoint `name`.
 
         Args:
-            name: Its folder's name, `PHASE-STEP`.
-            state: Plain values; only rank 0's are written.
-            write: Writes this rank's shard to the path it is given.
-            files: More text files by name; only rank 0's are written.
+            state: Plain values.
+            files: More text files by name.
         """
-        rank, world = self.control.rank, self.control.world_size
-        final, temporary = self.folder / name, self.folder / f".{name}.partial"
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.control.barrier()
-        shard = temporary / f"shard-{rank:05d}-of-{world:05d}.safetensors"
-        write(shard)
-        _sync(shard)
-        sums = self.control.to_main({shard.name: _describe(shard)})
-        if rank == 0:
-            assert sums is not None
-            manifest = {file: facts for part in sums for file, facts in part.items()}
-            for file, text in {**files, STATE: json.dumps(state, indent=1, sort_keys=True)}.items():
-                (temporary / file).write_text(text, encoding="utf-8")
-                _sync(temporary / file)
-                manifest[file] = _describe(temporary / file)
-            write_atomic(temporary / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1))
-            replaced = final.with_name(f".{name}.old")
-            if final.exists():
-                final.replace(replaced)
-            temporary.replace(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            _sync(self.folder)
-            self._prune(final)
-        self.control.barrier()
+        manifest = dict(sums)
+        for file, text in {**files, STATE: json.dumps(state, indent=1, sort_keys=True)}.items():
+            data = text.encode()
+            (partial / file).write_bytes(data)
+            _sync(partial / file)
+            manifest[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_atomic(partial / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1))
+        final = self.folder / name
+        if final.exists():
+            final.replace(self._aside(final))
+        partial.replace(final)
+        _sync(self.folder)
+        shutil.rmtree(self._aside(final), ignore_errors=True)
         return final
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that passes its sums, the same on every rank; others are named in a warning."""
-        name: str | None = None
-        if self.control.rank == 0:
-            for path in self._candidates():
-                problem = verify(path)
-                if problem is None:
-                    name = path.name
-                    break
-                self.warn(f"checkpoint {path} is skipped: {problem}")
-        name = self.control.from_main(name)
-        if name is None:
-            return None
-        path = self.folder / name
-        return Found(path, json.loads((path / STATE).read_text(encoding="utf-8")))
+    def newest(self, accept: Callable[[Found], None], warn: Callable[[str], None]) -> Found | None:
+        """The newest checkpoint that is whole and that `accept` does not refuse; the others are named in a warning.
 
-    def _candidates(self) -> list[Path]:
+        Args:
+            accept: Raises `Damaged` for one that is whole, but not this run's.
+        """
+        for path in self.candidates():
+            try:
+                found = inspect(path)
+                accept(found)
+            except Damaged as reason:
+                warn(f"checkpoint {path} is skipped: {reason}")
+            else:
+                return found
+        return None
+
+    def candidates(self) -> list[Path]:
         """Named folders, newest first: by the step in their name, then by the time of their manifest."""
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        return sorted(found, key=lambda path: (_step_of(path), _written(path)), reverse=True)
+        return sorted(found, key=lambda path: (step_of(path), _written(path)), reverse=True)
 
     def sweep(self) -> None:
-        """Clear away what saves that were cut off have left; rank 0 alone, while nothing is being saved."""
-        for pattern in (".*.partial", ".*.old"):
+        """Clear away what saves that were cut off have left; while nothing is being saved."""
+        for aside in self.folder.glob(".*.old"):
+            name = aside.name.removeprefix(".").removesuffix(".old")
+            # Cut off between two renames: what was there before is still the newest that is whole.
+            if not (self.folder / name).exists() and (aside / MANIFEST).exists():
+                aside.replace(self.folder / name)
+        for pattern in (".*.partial", ".*.old", ".*.doomed"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _prune(self, newest: Path) -> None:
-        older = [path for path in self._candidates() if _step_of(path) < _step_of(newest)]
+    def prune(self, newest: Path, spare: Collection[str] = ()) -> None:
+        """Remove what is older than the newest `keep`, but for those called in `spare`."""
+        older = [path for path in self.candidates() if step_of(path) < step_of(newest)]
         for path in older[max(self.keep - 1, 0) :]:
+            if path.name in spare:
+                continue
             # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
-            doomed = path.with_name(f".{path.name}.old")
+            doomed = path.with_name(f".{path.name}.doomed")
             shutil.rmtree(doomed, ignore_errors=True)
             path.replace(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
+    def _aside(self, final: Path) -> Path:
+        return final.with_name(f".{final.name}.old")
 
-def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint in `path`; None if it is whole."""
+
+def inspect(path: Path) -> Found:
+    """The checkpoint in `path`, with every byte of it checked.
+
+    Raises:
+        Damaged: it is not whole.
+    """
+    files = _manifest(path)
+    for name in files:
+        if Path(name).name != name:
+            raise Damaged(f"its {MANIFEST} names a file outside of the folder: {name!r}")
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves Python's lock alone
+        problems = list(pool.map(lambda name: _differs(path / name, files[name]), files))
+    for name, problem in zip(files, problems, strict=True):
+        if problem:
+            raise Damaged(f"{name} {problem}")
+    if STATE not in files:
+        raise Damaged(f"its {MANIFEST} lists no {STATE}")
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        found = Found(path, state, [path / name for name in sorted(files) if name.startswith("shard-")])
+        gap = found.reader().missing(state["shapes"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"it can't be read ({type(error).__name__}: {error})") from None
+    if gap is not None:
+        raise Damaged(f"its shards do not hold all of {gap}")
+    return found
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest's files, each with its facts."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']!r}, this version reads {FORMAT!r}"
+        found = manifest["format"]
     except FileNotFoundError:
-        return f"it has no {MANIFEST}"
+        raise Damaged(f"it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} can't be read ({type(error).__name__})"
-    for name, facts in files.items():
-        if Path(name).name != name:
-            return f"its {MANIFEST} names a file outside of the folder: {name!r}"
-        problem = _differs(path / name, facts)
-        if problem:
-            return f"{name} {problem}"
-    return None if STATE in files else f"its {MANIFEST} lists no {STATE}"
+        raise Damaged(f"its {MANIFEST} can't be read ({type(error).__name__})") from None
+    if found != FORMAT:
+        raise Damaged(f"its format is {found!r}, this version reads {FORMAT!r}")
+    return files
 
 
 def _differs(path: Path, facts: dict[str, Any]) -> str | None:
@@ -145,7 +183,9 @@ def _differs(path: Path, facts: dict[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != facts["bytes"]:
             return f"has {size} bytes, not {facts['bytes']}"
-        return None if _sha256(path) == facts["sha256"] else "does not have its SHA-256 sum"
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
+        return None if same else "does not have its SHA-256 sum"
     except FileNotFoundError:
         return "is missing"
     except (OSError, KeyError, TypeError) as error:
@@ -160,15 +200,6 @@ def write_atomic(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(path: Path) -> None:
     """Have the system put a file's bytes, or a folder's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -178,7 +209,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 if there is none."""
     step = path.name.rpartition("-")[2]
     return int(step) if step.isdigit() else -1
 

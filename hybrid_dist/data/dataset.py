@@ -155,13 +155,19 @@ class BatchLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises PictureError, in this process, when it is that batch's turn."""
+        """Starts the loader processes, in the calling thread.
+
+        The iterator raises PictureError, in this process, when it is that batch's turn.
+        """
         with _signals_held():
             batches = iter(self.loader)
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        return map(_unwrap, batches)
+
+
+def _unwrap(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def make_loader(samples: Samples, sampler: TrainSampler | ValSampler, workers: int, pin_memory: bool) -> BatchLoader:

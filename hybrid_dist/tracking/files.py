@@ -1,4 +1,4 @@
-"""metrics.jsonl, trace.jsonl and status.json."""
+"""metrics.jsonl, trace.jsonl and status.json. A disk that takes nothing does not end a run: lines wait in memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ from hybrid_dist.checkpoint import write_atomic
 class JsonLines:
     """A file of JSON objects, one a line, that can be cut back to where a checkpoint left it."""
 
-    def __init__(self, path: Path, keep: int):
-        """Open `path` for appending after its first `keep` bytes; what stands behind them goes."""
-        path.touch()
-        if path.stat().st_size > keep:
-            os.truncate(path, keep)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, keep: int, warn: Callable[[str], None]):
+        """Open `path` for appending after its first `keep` bytes; what stands behind them goes.
+
+        Args:
+            warn: Told when lines begin to wait for the disk.
+        """
+        self.path, self.warn = path, warn
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.fstat(self._file).st_size > keep:
+            os.ftruncate(self._file, keep)
+        self._length = os.lseek(self._file, 0, os.SEEK_END)
+        self._waiting = b""
+        self._warned = False
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line, and hand it to the system at once: what is there can be read while training goes on.
@@ -28,24 +36,70 @@ class JsonLines:
         JSON has no NaN and no infinity; they stand as null.
         """
         finite = {key: None if _not_finite(value) else value for key, value in values.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            self._hand_over()
+        except OSError as error:
+            if not self._warned:
+                self.warn(f"warning: {self.path} can't be written ({error.strerror}); its lines wait in memory")
+            self._warned = True
+
+    def _hand_over(self) -> None:
+        while self._waiting:
+            count = os.write(self._file, self._waiting)
+            self._length += count
+            self._waiting = self._waiting[count:]
+        self._warned = False
 
     def position(self) -> int:
-        """The file's length in bytes, all of it on the disk."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        """The file's length in bytes, with every line in it.
+
+        Raises:
+            OSError: some line can't be written.
+        """
+        self._hand_over()
+        return self._length
+
+    def sync(self) -> None:
+        """Have the system put it on the disk; from any thread."""
+        os.fsync(self._file)
 
     def close(self) -> None:
-        self._file.close()
+        """No more lines."""
+        os.close(self._file)
 
 
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def write_status(folder: Path, state: str, phase: str | None, step: int, reason: str) -> None:
-    """status.json: what became of the run. `state` is running, stopped, finished or failed."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    facts = {"state": state, "phase": phase, "step": step, "reason": reason, "time": now}
-    write_atomic(folder / "status.json", json.dumps(facts, indent=1) + "\n")
+class Status:
+    """status.json: what became of the run. Calls of other processes than the main one do nothing."""
+
+    def __init__(self, folder: Path, is_main: bool, warn: Callable[[str], None]):
+        self.folder, self.is_main, self.warn = folder, is_main, warn
+        self._warned = False
+
+    def __call__(self, state: str, phase: str | None, step: int, reason: str) -> None:
+        """`state` is running, stopped, finished or failed."""
+        if self.is_main:
+            self._write(state, phase, step, reason)
+
+    def failed(self, reason: str) -> None:
+        """The run has failed where it was last heard of; for whichever process can still write."""
+        try:
+            last = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            last = {}
+        self._write("failed", last.get("phase"), last.get("step", 0), reason)
+
+    def _write(self, state: str, phase: str | None, step: int, reason: str) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        facts = {"state": state, "phase": phase, "step": step, "reason": reason, "time": now}
+        try:
+            write_atomic(self.folder / "status.json", json.dumps(facts, indent=1) + "\n")
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                self.warn(f"warning: {self.folder / 'status.json'} can't be written ({error.strerror})")
+            self._warned = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,9 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self.quiet:
-            (self._bar.console if self._bar else self.console).print(text, markup=False)
+            # A log file on a full disk, a pipe whose reader has gone: no reason to end a training.
+            with contextlib.suppress(OSError):
+                (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def begin(self, label: str, done: int, total: int) -> None:
         """Start on `total` units of something, `done` of them made already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,24 +14,31 @@ from hybrid_dist.model.hybrid import Hybrid
 TABLES = ("relative_position_bias_table", "pos_embed", "cls_token", "reg_token", "dist_token")
 
 
-def param_groups(model: Hybrid, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: Hybrid, weight_decay: float, updates: Callable[[str], int | None] | None = None
+) -> list[dict[str, Any]]:
     """The trainable parameters, each in exactly one group: a group for every part and, in it, with and without decay.
 
     No decay on vectors (biases, norms, layer-scale gammas), position tables and what timm lists in `no_weight_decay`.
     To be called before ZeRO takes the shapes away.
 
+    Args:
+        updates: How often each parameter's optimizer state has been updated already, None for those that have none.
+            ZeRO keeps one such count for a whole group, so what differs in it gets groups of its own.
+
     Returns:
         Groups with `params`, `names` (list of str, parallel to params), `part` and `weight_decay`; none is empty.
     """
     exempt = {f"{part}.{name}" for part, branch in model.branches().items() for name in branch.no_weight_decay()}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, int | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = name.partition(".")[0]
         decays = name not in exempt and _decays(name, parameter)
         group = groups.setdefault(
-            (part, decays), {"params": [], "names": [], "part": part, "weight_decay": weight_decay if decays else 0.0}
+            (part, decays, updates(name) if updates is not None else None),
+            {"params": [], "names": [], "part": part, "weight_decay": weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
         group["names"].append(name)

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_dist.checkpoint import write_shard
+from hybrid_dist.checkpoint import Content, Found
 from hybrid_dist.config import PhaseConfig
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
-from hybrid_dist.tracking import JsonLines, write_status
+from hybrid_dist.tracking import JsonLines
+from hybrid_dist.training.feed import AskedToStop, Feed, Together
 from hybrid_dist.training.optim import learning_rate
-from hybrid_dist.training.publish import PREDICTIONS, publish_best
+from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
-from hybrid_dist.training.validate import metrics_of, predictions_csv, raise_together, validate
+from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv, validate
 
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
@@ -77,66 +76,67 @@ class PhaseLoop:
     def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout):
         self.job, self.phase, self.state, self.engine, self.layout = job, phase, state, engine, layout
         self.config, self.topology, self.control = job.config, job.topology, job.topology.control
+        self.saver, self.watch = job.saver, job.watch
+        self.together = Together(self.control, job.stop, job.saver, job.watch)
         self.length = job.length(phase)
         self.losses = LossLog(self.control, state.pending)
-        self.metrics_file = self._lines("metrics")
-        self.trace_file = self._lines("trace") if self.config.debug.trace else None
-        self.saved_at = state.phase_step
+        self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
+        self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
         self.lr = 0.0
         self.last_loss = ""
 
-    def _lines(self, name: str) -> JsonLines | None:
-        if not self.topology.is_main:
-            return None
-        return JsonLines(self.job.folder / f"{name}.jsonl", self.state.positions.get(name, 0))
+    def _lines(self, name: str) -> JsonLines:
+        keep = self.state.positions.get(name, 0)
+        return JsonLines(self.job.folder / f"{name}.jsonl", keep, self.job.terminal.say)
 
-    def run(self) -> None:
-        """Make the phase's steps.
+    def run(self) -> Found:
+        """Make the phase's steps. Returns its last checkpoint.
 
         Raises:
             Stopped: someone asked; a checkpoint is written.
+            UserError: a picture can't be used, the loss is no number, the last checkpoint can't be written.
         """
-        train, val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
-        batches = iter(train)
-        self._begin()
-        while self.state.phase_step < self.length.total:
-            began = time.monotonic()
-            step_batches, problem = self._load(batches)
-            self._waited += time.monotonic() - began
-            counts = self._agree(step_batches, problem)
-            self._step(step_batches, counts)
-            self._worked += time.monotonic() - began
-            self._after_step(val)
-        self.job.terminal.end()
-        for file in (self.metrics_file, self.trace_file):
-            if file is not None:
+        train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
+        feed = Feed(train)
+        try:
+            if self.state.validation_due:
+                self._validate()
+            self._begin()
+            while self.state.phase_step < self.length.total:
+                began = time.monotonic()
+                batches, counts = self._take(feed)
+                self._waited += time.monotonic() - began
+                self._step(batches, counts)
+                self._worked += time.monotonic() - began
+                self._after_step()
+        except AskedToStop:
+            self._stop()
+        except UserError as error:
+            if error.shared:  # all ranks are here: what is being written shall not be lost
+                self.saver.finish()
+            raise
+        finally:
+            feed.close()
+            self.job.terminal.end()
+            for file in self.files.values():
                 file.close()
+        assert self.saver.newest is not None
+        return self.saver.newest
 
     def _begin(self) -> None:
         label = f"phase {self.phase.name}"
         self.job.terminal.begin(label, self.state.phase_step, self.length.total)
 
-    def _load(self, batches: Iterator[Batch]) -> tuple[list[Batch], str | None]:
-        """The step's micro batches, or what is wrong with them."""
-        try:
-            return [next(batches) for _ in range(self.job.accumulation)], None
-        except UserError as error:
-            return [], str(error)
-
-    def _agree(self, batches: list[Batch], problem: str | None) -> dict[str, int]:
-        """The global batch's labels by task. Here all ranks also learn that one has a problem, or was asked to stop."""
+    def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, int]]:
+        """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
-        facts = [*label_counts(tasks, batches), int(self.job.stop.requested()), int(problem is not None)]
-        *counts, samples, asked, problems = self.control.total(facts)
-        if problems:
-            raise_together(self.control, problem)
-        if asked:
-            self._stop()
+        batches, sums = self.together.take(feed, self.job.accumulation, lambda found: label_counts(tasks, found))
+        *counts, samples = sums
         self.state.samples += samples
         self._seen += samples
-        return {task.name: count for task, count in zip(tasks, counts, strict=True)}
+        return batches, {task.name: count for task, count in zip(tasks, counts, strict=True)}
 
     def _step(self, batches: list[Batch], counts: dict[str, int]) -> None:
         done = self.state.phase_step
@@ -145,7 +145,8 @@ class PhaseLoop:
         world, rank, seed = self.topology.world_size, self.topology.rank, self.config.run.seed
         # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.
         seeds = [dropout_seed(seed, self.phase.name, done, micro * world + rank) for micro in range(len(batches))]
-        shares = train_step(self.engine, self.job.tasks, batches, counts, seeds, self.topology.device)
+        device, beat = self.topology.device, self.watch.beat
+        shares = train_step(self.engine, self.job.tasks, batches, counts, seeds, device, beat)
         self.losses.add(shares)
         self.state.phase_step += 1
         self.state.step += 1
@@ -155,35 +156,38 @@ class PhaseLoop:
     def _trace(self, batches: list[Batch]) -> None:
         traced = trace_of(batches, self.control)
         loss = self.losses.rows()[-1][0]
-        if traced is not None and self.trace_file is not None:
+        if traced is not None:
             rows, digest = traced
             position = {"phase": self.phase.name, "step": self.state.step}
-            self.trace_file.write({**position, "sample_ids": rows, "digest": digest, "loss": loss})
+            self.files["trace"].write({**position, "sample_ids": rows, "digest": digest, "loss": loss})
 
-    def _after_step(self, val: Any) -> None:
+    def _after_step(self) -> None:
         step = self.state.phase_step
-        ends_epoch = self.length.ends_epoch(step)
-        if ends_epoch or step % self.config.tracking.log_every == 0:
+        self.state.validation_due = self.length.ends_epoch(step)
+        if self.state.validation_due or step % self.config.tracking.log_every == 0:
             self._log()
         self.job.terminal.advance(step, self._note())
         every = self.config.checkpoint.every_steps
-        if ends_epoch:
-            self._validate(val)
+        if self.state.validation_due:
+            self._validate()
+            self._begin()
         elif every and step % every == 0:
-            self._save({})
+            self._save({}, wait=False)
 
     def _note(self) -> str:
         score = f"best {self.state.best_score:.4f}" if self.state.best_score is not None else ""
         return f"{self.last_loss} {score}".strip()
 
-    def _where(self) -> dict[str, Any]:
-        return {
-            "phase": self.phase.name,
-            "epoch": self.length.epoch(self.state.phase_step),
-            "step": self.state.step,
-            "samples": self.state.samples,
-            "time": time.time(),
-        }
+    def _write_metrics(self, values: dict[str, Any]) -> None:
+        if self.topology.is_main:
+            where = {
+                "phase": self.phase.name,
+                "epoch": self.length.epoch(self.state.phase_step),
+                "step": self.state.step,
+                "samples": self.state.samples,
+                "time": time.time(),
+            }
+            self.files["metrics"].write({**where, **values})
 
     def _log(self) -> None:
         began = time.monotonic()
@@ -203,23 +207,16 @@ class PhaseLoop:
         self._waited = self._worked = 0.0
         self._seen = 0
         self.last_loss = f"loss {total:.4f}"
-        if self.metrics_file is not None:
-            self.metrics_file.write({**self._where(), **values})
-            write_status(self.job.folder, "running", self.phase.name, self.state.step, self.topology.label)
+        self._write_metrics(values)
+        self.job.status("running", self.phase.name, self.state.step, self.topology.label)
 
-    def _validate(self, val: Any) -> None:
+    def _validate(self) -> None:
+        """Validate, and save the result; if asked to stop on the way, nothing of it has happened."""
         job = self.job
-        job.terminal.begin("validation", 0, len(job.val_table))
-        seen = 0
-
-        def tick(samples: int) -> None:
-            nonlocal seen
-            seen += samples * self.topology.world_size
-            job.terminal.advance(min(seen, len(job.val_table)))
-
-        result = validate(self.engine, job.tasks, val, self.control, self.topology.device, tick)
+        result = self._run_validation()
         metrics = self.control.from_main(metrics_of(result, job.tasks) if result is not None else None)
         assert metrics is not None
+        self.state.validation_due = False
         files: dict[str, str] = {}
         found = metrics["val/score"] or 0.0
         if self.state.best_score is None or found > self.state.best_score:
@@ -228,40 +225,72 @@ class PhaseLoop:
             if result is not None:
                 names = [job.val_table.filename(int(row)) for row in result.rows]
                 files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
-        if self.metrics_file is not None:
-            self.metrics_file.write({**self._where(), **metrics})
-        job.terminal.end()
+        self._write_metrics(metrics)
         epoch = self.length.epoch(self.state.phase_step)
         names = [task.name for task in job.tasks]
         job.terminal.metrics(f"phase {self.phase.name}, epoch {epoch}, step {self.state.step}", metrics, names)
-        self._save(files)
-        self._begin()
+        self._save(files, wait=self.state.phase_step == self.length.total)
 
-    def _save(self, files: dict[str, str]) -> None:
-        """Write a checkpoint; if it is the phase's best so far, make it `best.safetensors` from there."""
-        self.state.finished = self.state.phase_step == self.length.total
+    def _run_validation(self) -> Validated | None:
+        job, feed = self.job, Feed(self.val)
+        job.terminal.begin("validation", 0, len(job.val_table))
+        seen = 0
+
+        def tick(samples: int) -> None:
+            nonlocal seen
+            seen += samples * self.topology.world_size
+            job.terminal.advance(min(seen, len(job.val_table)))
+
+        try:
+            batches = self.together.each(feed)
+            return validate(self.engine, job.tasks, batches, self.control, self.topology.device, tick)
+        finally:
+            feed.close()
+            job.terminal.end()
+
+    def _save(self, files: dict[str, str], wait: bool) -> None:
+        """Begin a checkpoint, which is written behind the loop, or `wait` for all of it.
+
+        Raises:
+            UserError: it can't be written, and waiting was asked for.
+        """
+        self.watch.beat("in a checkpoint")
+        self.saver.finish()
+        self.state.finished = self.state.phase_step == self.length.total and not self.state.validation_due
         self.state.pending = self.losses.rows()
         self.state.engine = self.engine.extra_state()
-        for name, lines in (("metrics", self.metrics_file), ("trace", self.trace_file)):
-            if lines is not None:
-                self.state.positions[name] = lines.position()
+        problem = None
+        try:
+            self.state.positions = {name: file.position() for name, file in self.files.items()}
+        except OSError as error:
+            problem = str(error)
+        state = self.state.state_dict() | {"topology": self.topology.label, "config": self.job.identity}
+        state["shapes"] = {name: list(shape) for name, shape in self.layout.shapes.items()}
+        content = Content(checkpoint_name(self.phase.name, self.state.step), state, files, self._sync)
         buffers = self.layout.held_buffers(self.engine.model) if self.topology.is_main else {}
+        problem = self.saver.begin(content, self.engine.pieces(), buffers, wait, problem)
+        if wait:
+            problem = problem or self.saver.finish()
+            if problem is not None:
+                raise UserError(f"checkpoint {content.name} can't be written: {problem}; {self._kept()}", shared=True)
 
-        def write(path: Path) -> None:
-            write_shard(path, self.engine.pieces(), buffers)
+    def _sync(self) -> None:
+        for file in self.files.values():
+            file.sync()
 
-        shapes = {name: list(shape) for name, shape in self.layout.shapes.items()}
-        state = {**self.state.state_dict(), "topology": self.topology.label, "shapes": shapes}
-        path = self.job.store.save(f"{self.phase.name}-{self.state.step}", state, write, files)
-        self.saved_at = self.state.phase_step
-        if self.topology.is_main:
-            publish_best(self.job.folder, path)
-        self.control.barrier()
+    def _kept(self) -> str:
+        newest = self.saver.newest
+        if newest is None:
+            return "there is none before it, so the same command begins anew once there is room"
+        return f"once there is room, the same command goes on from {newest.path.name}"
 
     def _stop(self) -> None:
-        if self.saved_at != self.state.phase_step:
-            self._save({})
-        self.job.terminal.end()
+        """Make sure that this very step is in a checkpoint, and leave."""
+        self.saver.finish()
+        newest = self.saver.newest
+        here = newest is not None and newest.state["phase"] == self.phase.name
+        if self.state.step != (newest.state["step"] if newest is not None and here else self.begun_at):
+            self._save({}, wait=True)
         reasons = [reason for reason in self.control.to_all(self.job.stop.reason) if reason]
         raise Stopped(reasons[0] if reasons else "asked to stop")
 

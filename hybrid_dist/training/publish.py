@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybrid_dist.checkpoint import PieceReader, write_atomic
+from hybrid_dist.checkpoint import MANIFEST, Damaged, Found, inspect, write_atomic
 from hybrid_dist.config import Config
 from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.errors import UserError
 
 PREDICTIONS = "predictions_val.csv"
 
@@ -22,31 +24,63 @@ def phase_folder(run: Path, phase: str) -> Path:
     return run / f"phase_{phase}"
 
 
-def publish_best(run: Path, checkpoint: Path) -> None:
-    """Make `phase_NAME/` from a checkpoint if that is the phase's best so far; rank 0 alone.
+def checkpoint_name(phase: str, step: int) -> str:
+    """What a checkpoint's folder is called."""
+    return f"{phase}-{step}"
 
-    Everything comes from the checkpoint's files, and best.json, which says that the rest is there, is written last.
-    So a run that is cut off on the way does it again when it starts from that checkpoint, and no rank has to send its
-    weights to another.
+
+def publish_best(run: Path, newest: Found, tick: Callable[[], None] = lambda: None) -> None:
+    """Make `phase_NAME/` from the checkpoint of the phase's best, as the newest one knows it; rank 0 alone.
+
+    Everything comes from that checkpoint's files, and best.json, which says that the rest is there, is written last.
+    So a run that is cut off on the way, or finds the disk full, does it again later, and no rank has to send its
+    weights to another. Nothing is done where it is out already, or the checkpoint is gone because it was.
     """
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    folder = phase_folder(run, state["phase"])
-    if state["best_step"] != state["step"] or _step_in(folder / "best.json") == state["step"]:
+    phase, step = newest.state["phase"], newest.state["best_step"]
+    checkpoint = newest.path.parent / checkpoint_name(phase, step) if step is not None else None
+    if checkpoint is None or not (checkpoint / MANIFEST).exists():
+        return
+    source = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    folder = phase_folder(run, phase)
+    if _value_in(folder / "best.json", "source") == source:
+        return
+    try:
+        best = newest if checkpoint == newest.path else inspect(checkpoint)
+    except Damaged:
         return
     folder.mkdir(exist_ok=True)
-    reader = PieceReader(sorted(checkpoint.glob("shard-*.safetensors")))
+    shapes = {name: torch.Size(shape) for name, shape in best.state["shapes"].items()}
     partial = folder / ".best.safetensors.partial"
-    reader.write_weights(partial, {name: torch.Size(shape) for name, shape in state["shapes"].items()})
+    written = best.reader().write_weights(partial, shapes, tick)
     partial.replace(folder / "best.safetensors")
     write_atomic(folder / PREDICTIONS, (checkpoint / PREDICTIONS).read_text(encoding="utf-8"))
-    facts = {"phase": state["phase"], "step": state["step"]}
-    facts |= {"score": state["best_score"], "metrics": state["best_metrics"]}
+    facts = {"phase": phase, "step": step, "score": best.state["best_score"], "metrics": best.state["best_metrics"]}
+    # Not the step alone: after going back behind a damaged checkpoint, the same step is made a second time.
+    facts |= {"source": source, "sha256": written["sha256"]}
     write_atomic(folder / "best.json", json.dumps(facts, indent=1) + "\n")
 
 
-def _step_in(file: Path) -> int | None:
+def find_best(run: Path, phase: str) -> Path:
+    """The weights of a finished phase's best.
+
+    Raises:
+        UserError: they are gone, or not what was written.
+    """
+    file = phase_folder(run, phase) / "best.safetensors"
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file} can't be read ({error.strerror}); --fresh would start over") from None
+    if found != _value_in(file.with_name("best.json"), "sha256"):
+        raise UserError(f"{file} is not what best.json beside it says (SHA-256); --fresh would start over")
+    return file
+
+
+def _value_in(file: Path, key: str) -> Any:
+    """A value of a file of JSON; None where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -55,12 +89,13 @@ def publish_model(run: Path, phase: str, facts: dict[str, Any]) -> None:
     """`model/`: the last phase's best weights and, in model.json, all that it takes to use them."""
     best = json.loads((phase_folder(run, phase) / "best.json").read_text(encoding="utf-8"))
     folder, partial = run / "model", run / ".model.partial"
-    if _step_in(folder / "model.json") == best["step"]:
+    if _value_in(folder / "model.json", "source") == best["source"]:
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     shutil.copyfile(phase_folder(run, phase) / "best.safetensors", partial / "model.safetensors")
-    described = {"format": "hybrid-dist/1", **facts, "phase": phase, "step": best["step"], "metrics": best["metrics"]}
+    described = {"format": "hybrid-dist/1", **facts, "phase": phase}
+    described |= {key: best[key] for key in ("step", "metrics", "source")}
     write_atomic(partial / "model.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors.torch import load_file
 
-from hybrid_dist.checkpoint import Found, PieceReader, Store, write_atomic
+from hybrid_dist.checkpoint import Damaged, Found, PieceReader, RunLock, Saver, Store, inspect, write_atomic
 from hybrid_dist.config import Config, PhaseConfig, load_config
 from hybrid_dist.data.annotations import (
     Table,
@@ -30,13 +32,14 @@ from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.distributed import Topology, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
-from hybrid_dist.tracking import Terminal, write_status
+from hybrid_dist.tracking import Status, Terminal
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
-from hybrid_dist.training.publish import describe_model, phase_folder, publish_best, publish_model
+from hybrid_dist.training.publish import checkpoint_name, describe_model, find_best, publish_best, publish_model
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.stop import Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
+from hybrid_dist.training.watch import Watch
 
 DONE, STOPPED = 0, 75
 T = TypeVar("T")
@@ -54,8 +57,14 @@ class Job:
     tasks: list[Task]
     train_table: Table
     val_table: Table
+    identity: dict[str, Any]
+    """The keys of the config that a run's result follows from, flat."""
     store: Store
+    saver: Saver
+    lock: RunLock
     stop: Stop
+    watch: Watch
+    status: Status
     terminal: Terminal
 
     def length(self, phase: PhaseConfig) -> Length:
@@ -94,24 +103,35 @@ def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> in
     stop = Stop(config.folder, topology.is_main)
     stop.listen()
     job = _agree(topology, lambda: prepare(config, topology, terminal, stop))
-    resumes = _agree(topology, lambda: check_folder(config, only, fresh))
-    found = job.store.newest() if resumes else None
+    try:
+        return _go(job, only, fresh)
+    finally:
+        job.watch.close()
+        job.lock.release()
+
+
+def _go(job: Job, only: str | None, fresh: bool) -> int:
+    topology, terminal = job.topology, job.terminal
+    resumes = _agree(topology, lambda: check_folder(job.config, only, fresh))
+    _agree(topology, lambda: _lock(job))
+    found = _newest(job) if resumes else None
     state = _agree(topology, lambda: _position(job, found, only, fresh))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
-    _claim_folder(job, fresh, found)
+    _agree(topology, lambda: _claim_folder(job, fresh, found))
     _report_unseen(job)
+    job.watch.start()
     try:
         _train(job, state, found, only, initial)
         _finish(job, state)
         return DONE
     except Stopped as asked:
-        _status(job, "stopped", state, str(asked))
-        stop.done()
+        job.status("stopped", state.phase, state.step, str(asked))
+        job.stop.done()
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return STOPPED
     except BaseException as error:
-        _status(job, "failed", state, f"{type(error).__name__}: {error}")
+        job.status("failed", state.phase, state.step, f"{type(error).__name__}: {error}")
         raise
 
 
@@ -136,12 +156,35 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
     if not judged:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
+    status = Status(config.folder, topology.is_main, terminal.say)
+    store = Store(config.folder / "checkpoints", config.checkpoint.keep)
+    watch = _watch(config, topology, status)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table,
-        store=Store(config.folder / "checkpoints", config.checkpoint.keep, topology.control, terminal.say),
-        stop=stop, terminal=terminal,
+        identity=_identity(config), store=store, saver=_saver(config, topology, store, watch, terminal),
+        lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
     )  # fmt: skip
+
+
+def _watch(config: Config, topology: Topology, status: Status) -> Watch:
+    place = (topology.rank, topology.world_size)
+    token = topology.control.from_main(f"{time.time_ns():x}")
+    return Watch(config.folder, place, config.train.stall_timeout, token, status.failed)
+
+
+def _saver(config: Config, topology: Topology, store: Store, watch: Watch, terminal: Terminal) -> Saver:
+    phases = config.phases
+    carried = {phase.name for phase, later in itertools.pairwise(phases) if later.carry_optimizer}
+
+    def settle(found: Found) -> None:
+        """After a commit: the best comes out, and what is no longer needed goes."""
+        publish_best(config.folder, found, watch.beat)
+        phase, best = found.state["phase"], found.state["best_step"]
+        spare = [checkpoint_name(phase, best)] if phase in carried and best is not None else []
+        store.prune(found.path, spare)
+
+    return Saver(store, topology.control, terminal.say, watch.beat, settle)
 
 
 def _first_model(job: Job) -> Hybrid:
@@ -183,8 +226,7 @@ def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
         return False
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder (it has no config.yaml); another run.name would do")
-    there = _identity(load_config(folder / "config.yaml"))
-    here = _identity(config)
+    there, here = _identity(load_config(folder / "config.yaml")), _identity(config)
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
         what = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:4])
@@ -205,7 +247,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size"},
+    "train": {"micro_batch_size", "stall_timeout"},
 }
 
 
@@ -231,24 +273,73 @@ def _data_sums(job: Job) -> dict[str, str]:
     return sums
 
 
+def _lock(job: Job) -> None:
+    """Keep other jobs off a folder that is there already; a new one is locked once it is made."""
+    if job.topology.is_main and job.folder.is_dir():
+        with _disk(job.folder):
+            job.lock.take()
+
+
+def _newest(job: Job) -> Found | None:
+    """The checkpoint to go on from; rank 0 looks and decides, the others follow."""
+    found = None
+    if job.topology.is_main:
+        found = job.store.newest(lambda candidate: _check_own(job, candidate), job.terminal.say)
+    return job.topology.control.from_main(found)
+
+
+def _check_own(job: Job, found: Found) -> None:
+    """Raises `Damaged` for a whole checkpoint that is another run's."""
+    there = found.state.get("config") or {}
+    differing = [key for key in there if key in job.identity and there[key] != job.identity[key]]
+    if differing:
+        key = differing[0]
+        raise Damaged(f"it belongs to another config: {key} is {there[key]!r} there and {job.identity[key]!r} here")
+    if found.state.get("phase") not in [phase.name for phase in job.config.phases]:
+        raise Damaged(f"it is of a phase {found.state.get('phase')!r}, which this config does not have")
+    try:
+        TrainState.from_dict(found.state)
+    except TypeError as error:
+        raise Damaged(f"its state can't be read ({error})") from None
+
+
 def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:
     """Make the run's folder, with its config; under `--fresh` an old one keeps everything under another name.
 
     In a folder that goes on, what an earlier start was cut off in is finished or cleared away.
     """
+    if not job.topology.is_main:
+        return
     folder = job.folder
-    if job.topology.is_main:
+    with _disk(folder):
         if fresh and folder.exists():
-            kept = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(kept)
-            job.terminal.say(f"the old run is kept as {kept}")
+            _keep_old(job)
         folder.mkdir(parents=True, exist_ok=True)
+        job.lock.take()
         write_atomic(folder / "config.yaml", job.config.to_yaml())
         job.stop.clear_stale()
         job.store.sweep()
         if found is not None:
-            publish_best(job.folder, found.path)
-    job.topology.control.barrier()
+            publish_best(job.folder, found)
+
+
+def _keep_old(job: Job) -> None:
+    folder = job.folder
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (f"{folder.name}.{stamp}{more}" for more in ("", *(f"-{count}" for count in range(2, 100))))
+    kept = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(kept)
+    job.lock.release()
+    job.terminal.say(f"the old run is kept as {kept}")
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """What the disk refuses in here is the user's to fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} can't be written: {error.strerror}") from None
 
 
 def _report_unseen(job: Job) -> None:
@@ -295,42 +386,57 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
             continue
         if index > at:
             state.begin(phase.name)
-        _run_phase(job, phase, state, found, initial.pop() if initial else None)
-        found = job.store.newest()
+        found = _run_phase(job, phase, state, found, initial.pop() if initial else None)
 
 
-def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> None:
+def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
     """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
+    job.watch.beat("building the model")
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
+        assert found is not None
         model = job.build(load=False)
-        model.load_state_dict(_weights(job, phase, state, found, model))
+        model.load_state_dict(_agree(job.topology, lambda: _weights(job, phase, found, Layout.of(model))))
     model.set_trainable(phase.trainable)
-    _status(job, "running", state, job.topology.label)
+    job.status("running", state.phase, state.step, job.topology.label)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
-    engine = make_engine(
-        job.topology, model, param_groups(model, job.config.train.weight_decay), job.config.train, job.accumulation
-    )
+    optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
+    groups = param_groups(model, job.config.train.weight_decay, optimizer.step if optimizer is not None else None)
+    job.watch.beat("building the engine")
+    engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
     try:
+        if optimizer is not None:
+            engine.load_optimizer(optimizer)
         if resumed:
-            assert found is not None
-            engine.load_optimizer(PieceReader(found.shards))
             engine.load_extra_state(state.engine)
-        PhaseLoop(job, phase, state, engine, layout).run()
+        return PhaseLoop(job, phase, state, engine, layout).run()
     finally:
         engine.close()
 
 
-def _weights(
-    job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid
-) -> dict[str, torch.Tensor]:
+def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
     """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
-    assert found is not None
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
-        return PieceReader(found.shards).weights(Layout.of(model).shapes)
-    return load_file(phase_folder(job.folder, before) / "best.safetensors")
+        return found.reader().weights(layout.shapes)
+    return load_file(find_best(job.folder, before))
+
+
+def _carried(job: Job, phase: PhaseConfig, found: Found | None) -> PieceReader | None:
+    """The optimizer's state that a phase begins with, if it is to have any: as it was at the weights it begins with."""
+    if found is None or not phase.carry_optimizer:
+        return None
+    if phase.start == "last" or found.state["best_step"] == found.state["step"]:
+        return found.reader()
+    path, best = job.store.folder / checkpoint_name(found.state["phase"], found.state["best_step"]), None
+    if job.topology.is_main:
+        try:
+            best = inspect(path)
+        except Damaged as reason:
+            job.terminal.say(f"warning: phase {phase.name} begins without the optimizer's state of {path}: {reason}")
+    best = job.topology.control.from_main(best)
+    return best.reader() if best is not None else None
 
 
 def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) -> None:
@@ -353,12 +459,8 @@ def _finish(job: Job, state: TrainState) -> None:
     else:
         reason = "all phases are finished"
         if job.topology.is_main:
-            publish_model(job.folder, state.phase, describe_model(job.config, job.class_maps))
+            with _disk(job.folder):
+                publish_model(job.folder, state.phase, describe_model(job.config, job.class_maps))
     if state.finished:
-        _status(job, "finished", state, reason)
+        job.status("finished", state.phase, state.step, reason)
     job.terminal.say(f"{reason}: {job.folder}")
-
-
-def _status(job: Job, state: str, where: TrainState, reason: str) -> None:
-    if job.topology.is_main:
-        write_status(job.folder, state, where.phase, where.step, reason)

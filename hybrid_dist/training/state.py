@@ -16,6 +16,8 @@ class TrainState:
     samples: int = 0
     finished: bool = False
     """The phase is done: its steps are made and its last validation is in."""
+    validation_due: bool = False
+    """The run was stopped before or in the validation that belongs to this step: it comes next."""
     best_score: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, float | None] = field(default_factory=dict)

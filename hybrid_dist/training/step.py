@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,7 @@ def train_step(
     counts: Mapping[str, int],
     seeds: Sequence[int],
     device: torch.device,
+    beat: Callable[[str], None],
 ) -> Tensor:
     """Forward and backward over the step's micro batches, and the update.
 
@@ -38,6 +39,7 @@ def train_step(
     Args:
         counts: Labels of each task in the global batch.
         seeds: For each micro batch, what its dropout and stochastic depth follow from.
+        beat: Told of each thing that is done.
 
     Returns:
         (1 + tasks,) fp32 on the device: this rank's share of the total loss, then of each task's, unweighted. Nothing
@@ -48,6 +50,7 @@ def train_step(
     for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         last = index == len(batches) - 1
         torch.manual_seed(seed)
+        beat(f"in micro batch {index + 1} of {len(batches)}")
         with engine.accumulating(last):
             outputs = engine.forward(batch.images.to(device, non_blocking=True))
             parts = []

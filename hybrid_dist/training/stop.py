@@ -1,13 +1,17 @@
-"""Being asked to stop: by a signal, or by a file named STOP in the run's folder."""
+"""Being asked to stop: by a signal, by a file named STOP in the run's folder, or by the launcher's death."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+# Set by `torchrun` and by `accelerate launch` for the processes that they start.
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND")
 
 
 class Stop:
@@ -18,6 +22,8 @@ class Stop:
         self.is_main = is_main
         self.reason: str | None = None
         self._started = time.time()
+        # Without a launcher a parent may go as it likes: a shell that is logged out of, say.
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
     def listen(self) -> None:
         """Take the signals over from Python's defaults."""
@@ -27,16 +33,18 @@ class Stop:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            # Twice means now.
+        if number == signal.SIGINT:
+            # Twice means now: from here on the system itself ends the process, whatever it is waiting for.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        self.reason = f"signal {signal.Signals(number).name}"
+        self.reason = self.reason or f"signal {signal.Signals(number).name}"
 
     def requested(self) -> bool:
         """Whether this rank has been asked; rank 0 looks for the file."""
         if self.reason is None and self.is_main and self.file.exists():
             self.reason = "a STOP file"
+        if self.reason is None and self._launcher is not None and os.getppid() != self._launcher:
+            # A launcher that takes a signal it does not know (USR1, USR2) dies and leaves its processes behind.
+            self.reason = "the launcher is gone"
         return self.reason is not None
 
     def clear_stale(self) -> None:

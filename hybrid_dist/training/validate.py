@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hybrid_dist.distributed import Control, Engine
-from hybrid_dist.errors import UserError
 from hybrid_dist.training.tasks import Metrics, Task, score
 
 if TYPE_CHECKING:
@@ -46,12 +45,13 @@ def validate(
     """Run the model over this rank's batches and bring the results together on rank 0 (None elsewhere).
 
     Args:
-        batches: Equally many on every rank; rows of -1 are padding.
+        batches: Equally many on every rank; rows of -1 are padding. What they raise, they raise on all ranks together:
+            under ZeRO 3 one that left alone would let the others wait for its share of the weights.
         tick: Told the number of samples after each batch.
     """
     engine.model.eval()
     parts: list[Part] = []
-    for batch in together(batches, control):
+    for batch in batches:
         outputs = engine.forward(batch.images.to(device, non_blocking=True))
         part: dict[str, Any] = {}
         for task in tasks:
@@ -62,30 +62,6 @@ def validate(
         tick(len(batch.rows))
     gathered = control.to_main(parts)
     return None if gathered is None else _join([part for rank in gathered for part in rank], tasks)
-
-
-def together(batches: Iterable[Batch], control: Control) -> Iterator[Batch]:
-    """The batches, as many on every rank; if one rank can't have its next one, all raise the same.
-
-    Under ZeRO 3 a rank that leaves alone would let the others wait for its share of the weights.
-    """
-    iterator = iter(batches)
-    while True:
-        problem, batch = None, None
-        try:
-            batch = next(iterator, None)
-        except UserError as error:
-            problem = str(error)
-        if control.total([int(problem is not None)])[0]:
-            raise_together(control, problem)
-        if batch is None:
-            return
-        yield batch
-
-
-def raise_together(control: Control, problem: str | None) -> NoReturn:
-    """Raise the first rank's problem on every rank; all of them call it."""
-    raise UserError(next(text for text in control.to_all(problem) if text is not None), shared=True)
 
 
 def _join(parts: list[Part], tasks: Sequence[Task]) -> Validated:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from hybrid_dist.checkpoint import Found
 from hybrid_dist.training import phase as phase_module
-from tests.conftest import read_lines
+from hybrid_dist.training import run as run_module
+from tests.conftest import ROOT, environment, read_lines, tiny_values
 
 PHASES = [
     {"name": "a", "trainable": ["heads", "fusion"], "steps": 3, "lr": 1e-3},
@@ -25,7 +32,7 @@ PHASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _keep_signals() -> Iterator[None]:
     """A run takes signals over; the test process wants its own back."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -119,16 +126,16 @@ def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, 
     assert call(config, f"run.dir={config.parent / 'whole'}") == 0
     whole, run = folder(config, "whole"), folder(config)
     bests = {name: json.loads((whole / f"phase_{name}/best.json").read_text())["step"] for name in "abc"}
-    publish = phase_module.publish_best
+    publish = run_module.publish_best
 
-    def cut_off(where: Path, checkpoint: Path) -> None:
-        if checkpoint.name in {f"{name}-{step}" for name, step in bests.items()} and checkpoint.name not in seen:
-            seen.add(checkpoint.name)
+    def cut_off(where: Path, newest: Found, *tick: Any) -> None:
+        if newest.path.name in {f"{name}-{step}" for name, step in bests.items()} and newest.path.name not in seen:
+            seen.add(newest.path.name)
             raise KeyboardInterrupt
-        publish(where, checkpoint)
+        publish(where, newest, *tick)
 
     seen: set[str] = set()
-    monkeypatch.setattr(phase_module, "publish_best", cut_off)
+    monkeypatch.setattr(run_module, "publish_best", cut_off)
     codes = [call(config) for _ in range(4)]
     assert codes == [130, 130, 130, 0]
     expect_same(run, whole)
@@ -201,3 +208,231 @@ def test_unusual_but_legal(call: Callable[..., int], tiny_config: Callable[..., 
     assert call(config) == 0
     assert (folder(config) / "model" / "model.safetensors").is_file()
     assert status(folder(config))["state"] == "finished"
+
+
+def test_a_stop_in_a_validation(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
+    """Catches: a stop that has to wait for the end of a validation, or after which it is never made, or made twice."""
+    assert call(config, f"run.dir={config.parent / 'whole'}") == 0
+    whole, run = folder(config, "whole"), folder(config)
+    validate, asked = phase_module.validate, []
+
+    def ask_to_stop(engine: Any, tasks: Any, batches: Any, *rest: Any) -> Any:
+        def some() -> Iterator[Any]:
+            yield next(batches)
+            (run / "STOP").touch()
+            asked.append(True)
+            yield from batches
+            pytest.fail("the validation went on to its end")
+
+        return validate(engine, tasks, some() if len(asked) < 4 else batches, *rest)
+
+    monkeypatch.setattr(phase_module, "validate", ask_to_stop)
+    steps = []
+    for _ in range(4):
+        assert call(config) == 75
+        steps.append((status(run)["step"], json.loads(newest_state(run).read_text())["validation_due"]))
+    assert steps == [(3, True)] * 4, "no step is made while the validation is due"
+    assert call(config) == 0
+    expect_same(run, whole)
+    assert without_times(run) == without_times(whole)
+
+
+def newest_state(run: Path) -> Path:
+    return max(run.glob("checkpoints/*/state.json"), key=lambda path: int(path.parent.name.rpartition("-")[2]))
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    lines = read_lines(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "time" and "perf/" not in key} for line in lines]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def resum(checkpoint: Path) -> None:
+    """A manifest that fits what is there, as another program, or an attacker, would write it."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in manifest["files"]:
+        data = (checkpoint / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Malicious:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def become_pickle(path: Path) -> None:
+    torch.save({"weight/x@0": Malicious(path.parents[3] / "ran")}, path)
+    resum(path.parent)
+
+
+def of_another_config(checkpoint: Path) -> None:
+    state = checkpoint / "state.json"
+    edit_json(state, config=json.loads(state.read_text())["config"] | {"run.seed": 99})
+    resum(checkpoint)
+
+
+def one_rank_left_out(checkpoint: Path) -> None:
+    """Of two shards, the manifest only knows one."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shard = checkpoint / SHARD
+    with safe_open(shard, framework="pt") as file:
+        keys = list(file.keys())
+        half = {key: file.get_tensor(key) for key in keys[::2]}
+        save_file(half, shard, metadata=file.metadata())
+    resum(checkpoint)
+
+
+def point_outside(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"bytes": 0, "sha256": ""}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+SHARD = "shard-00000-of-00001.safetensors"
+# What is done to the newest checkpoint, and what is said of it.
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shard cut short": (lambda path: os.truncate(path / SHARD, 5000), f"{SHARD} has 5000 bytes, not "),
+    "shard with a flipped bit": (lambda path: flip(path / SHARD), f"{SHARD} does not have its SHA-256 sum"),
+    "shard missing": (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
+    "shard that is a pickle": (lambda path: become_pickle(path / SHARD), "it can't be read (SafetensorError"),
+    "shard that holds a part": (one_rank_left_out, "its shards do not hold all of "),
+    "state cut short": (lambda path: os.truncate(path / "state.json", 9), "state.json has 9 bytes, not "),
+    "state with a flipped bit": (lambda path: flip(path / "state.json"), "state.json does not have its SHA-256 sum"),
+    "state missing": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
+    "predictions cut short": (lambda path: os.truncate(path / "predictions_val.csv", 9), "predictions_val.csv has 9 "),
+    "predictions flipped": (lambda path: flip(path / "predictions_val.csv"), "predictions_val.csv does not have its"),
+    "predictions missing": (lambda path: (path / "predictions_val.csv").unlink(), "predictions_val.csv is missing"),
+    "manifest cut short": (lambda path: os.truncate(path / "manifest.json", 20), "its manifest.json can't be read"),
+    "manifest flipped": (lambda path: flip(path / "manifest.json"), ""),
+    "manifest missing": (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
+    "of another format": (lambda path: edit_json(path / "manifest.json", format="x"), "its format is 'x'"),
+    "pointing outside": (point_outside, "names a file outside of the folder: '../../secret'"),
+    "of another config": (of_another_config, "it belongs to another config: run.seed is 99 there and 3 here"),
+    "empty": (lambda path: shutil.rmtree(path) or path.mkdir(), "it has no manifest.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A whole run, and one that was left with a best as its newest checkpoint, in the middle of phase b."""
+    base = tmp_path_factory.mktemp("stopped")
+    values = tiny_values(tiny_data, base) | {"phases": PHASES}
+    values["phases"][1]["steps"] = 9
+    values["checkpoint"] = {"every_steps": 1, "keep": 50}
+    YAML().dump(values, base / "config.yaml")
+    with pytest.MonkeyPatch.context() as patch:  # in this process, for as many threads as the others have
+        patch.setattr(sys, "argv", ["train.py", "--config", str(base / "config.yaml")])
+        assert train.main() == 0
+    whole, run = base / "runs" / "tiny", base / "cut" / "tiny"
+    shutil.copytree(whole, run)
+    best = json.loads((whole / "phase_b/best.json").read_text())["step"]
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name.rpartition("-")[2]) > best:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "phase_c")
+    shutil.rmtree(run / "model")
+    return whole, run
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_and_the_one_before_is_used(
+    name: str, stopped: tuple[Path, Path], call: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    """Catches: a broken checkpoint taken for whole, or a whole one lost for it; a message that does not say which and
+    why; what an earlier attempt has left of a later step mixed into this one."""
+    whole, cut = stopped
+    run = tmp_path / "tiny"
+    shutil.copytree(cut, run)
+    newest = newest_state(run).parent
+    step = int(newest.name.rpartition("-")[2])
+    damage, message = DAMAGE[name]
+    damage(newest)
+    assert call(whole.parent.parent / "config.yaml", f"run.dir={tmp_path}") == 0
+    said = capsys.readouterr().err
+    assert f"checkpoint {newest} is skipped: " in said
+    assert message in said
+    assert said.count("is skipped") == 1
+    assert f"from step {step - 1 - 3}" in said, "phase b's own count begins after the three steps of phase a"
+    assert not (tmp_path / "ran").exists()
+    expect_same(run, whole)
+    assert without_times(run) == without_times(whole)
+
+
+def test_a_best_that_is_not_what_was_written(call: Callable[..., int], config: Path, capsys: Any) -> None:
+    """Catches: the next phase begun from a damaged file."""
+    assert call(config, "--phase", "a") == 0
+    best = folder(config) / "phase_a" / "best.safetensors"
+    flip(best)
+    assert call(config) == 2
+    assert f"{best} is not what best.json beside it says" in capsys.readouterr().err
+
+
+def test_two_at_once(call: Callable[..., int], config: Path, capsys: Any) -> None:
+    """Catches: two jobs that write into one run."""
+    assert call(config, "--phase", "a") == 0
+    code = "import sys\nfrom pathlib import Path\nfrom hybrid_dist.checkpoint import RunLock\n"
+    code += f"RunLock(Path({str(folder(config))!r}), print).take()\nprint('held', flush=True)\nsys.stdin.read()\n"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=environment(), cwd=ROOT) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        before = {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")}
+        for arguments in ((), ("--fresh",)):
+            assert call(config, *arguments) == 2
+            assert f"is in use by process {other.pid} on " in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
+        other.stdin.close()
+    assert call(config) == 0
+
+
+def moments(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in checkpoint.glob("shard-*"):
+        found |= {key: value for key, value in load_file(shard).items() if f"/{part}." in key}
+    return found
+
+
+@pytest.mark.parametrize("start", ["best", "last"])
+def test_optimizer_state_goes_along(call: Callable[..., int], config: Path, start: str) -> None:
+    """Catches: a phase that forgets its predecessor's moments, takes them of another step than its weights, or loses
+    them to pruning; and update counts of old and new parameters mixed."""
+    options = [f"phases.1.start={start}", "phases.1.carry_optimizer=true", "phases.0.steps=9", "checkpoint.keep=1"]
+    # The best is not the last: a rate that does harm.
+    options += ["phases.0.lr=0.3", "phases.0.warmup=0.0"]
+    assert call(config, *options, "--phase", "a") == 0
+    run = folder(config)
+    best = json.loads((run / "phase_a/best.json").read_text())["step"]
+    assert best < 9
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"a-9", f"a-{best}"}
+    before = moments(run / "checkpoints" / (f"a-{best}" if start == "best" else "a-9"), "heads")
+    assert call(config, *options, "--phase", "b", "train.clip_norm=1e-9") == 2, "another config is another run"
+    assert call(config, *options, "--phase", "b", "checkpoint.keep=50") == 0
+    first = run / "checkpoints" / "b-10"
+    after = moments(first, "heads")
+    for key, value in before.items():
+        if key.startswith("exp_avg_sq/"):
+            # v' = β₂·v + (1 − β₂)·g², g being at most 1, the clipped norm
+            assert (after[key] >= 0.999 * value * (1 - 1e-6)).all(), key
+            assert (after[key] <= 0.999 * value * (1 + 1e-6) + 0.001 + 1e-9).all(), key
+    with safe_open(first / SHARD, framework="pt") as file:
+        steps = json.loads(file.metadata()["steps"])
+    assert {steps[name] for name in steps if name.startswith("heads.")} == {(best if start == "best" else 9) + 1}
+    assert {steps[name] for name in steps if name.startswith("transformer.")} == {1}

@@ -1,0 +1,41 @@
+"""Host memory that a save is copied into, so that the loop may go on while it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hybrid_dist.distributed.engine import Piece
+
+
+class HostCopy:
+    """One flat fp32 buffer, kept from save to save: fresh memory would cost as much as the copy itself.
+
+    It is page-locked where the pieces come from a GPU, so that all of them are on their way before any has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces with their values as they are now; overwritten by the next call. Waits for the device."""
+        found = list(pieces)
+        values = [tensor for piece in found for tensor in piece.values.values()]
+        on_gpu = any(tensor.is_cuda for tensor in values)
+        total = sum(tensor.numel() for tensor in values)
+        if self._memory.numel() < total or self._memory.is_pinned() != on_gpu:
+            self._memory = torch.empty(0)  # the old one goes before the new one comes
+            self._memory = torch.empty(total, pin_memory=on_gpu)
+        copied, end = [], 0
+        for piece in found:
+            held: dict[str, Tensor] = {}
+            for kind, tensor in piece.values.items():
+                begin, end = end, end + tensor.numel()
+                held[kind] = self._memory[begin:end]
+                held[kind].copy_(tensor.detach(), non_blocking=on_gpu)
+            copied.append(Piece(piece.name, piece.start, held, piece.step))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copied
