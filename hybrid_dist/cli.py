@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
 from hybrid_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def synth(arguments: argparse.Namespace) -> int:
@@ -33,6 +39,59 @@ def synth(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def checkpoints(arguments: argparse.Namespace) -> int:
+    """List a run's checkpoints, and check every byte of them."""
+    from rich.console import Console
+
+    from hybrid_dist.checkpoint import Store
+    from hybrid_dist.config import load_config
+    from hybrid_dist.training.state import check_own
+
+    config_file = arguments.run_folder / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{arguments.run_folder} is not a run's folder (it has no config.yaml)")
+    config = load_config(config_file)
+    store = Store(arguments.run_folder / "checkpoints", config.checkpoint.keep)
+    with Console(stderr=True).status("") as status:
+        rows = store.survey(
+            lambda found: check_own(config, found), lambda name: status.update(f"checking the sums of {name}")
+        )
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    elif not rows:
+        print(f"{arguments.run_folder} has no checkpoint yet")
+    else:
+        Console().print(_checkpoint_table(rows))
+    return 3 if any(row["problem"] for row in rows) else 0
+
+
+def _checkpoint_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("checkpoint", "phase", "step", "size", "written", "by", "", box=None)
+    table.columns[2].justify = table.columns[3].justify = "right"
+    for row in rows:
+        notes = ["the phase's end"] if row["finished"] else []
+        notes += ["its best"] if row["best"] else []
+        word = Text(f"damaged: {row['problem']}", style="red") if row["problem"] else Text(", ".join(["whole", *notes]))
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["written"])) if row["written"] else ""
+        table.add_row(
+            Text(row["name"]), row["phase"], str(row["step"] or ""), f"{row['bytes'] / 1e6:.1f} MB", written,
+            row["topology"], word,
+        )  # fmt: skip
+    return table
+
+
+def bench_checkpoint(arguments: argparse.Namespace) -> int:
+    """How long a checkpoint holds training up, beside accelerator.save_state."""
+    from hybrid_dist.bench.checkpoint import bench, describe
+
+    rows = bench(arguments.config, arguments.overrides, arguments.launch, arguments.repeats)
+    print(json.dumps(rows, indent=1) if arguments.json else describe(rows))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="hybrid-dist", description="Tools around train.py.")
@@ -46,7 +105,32 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed renders the same pictures")
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the pictures stay the same")
     command.set_defaults(run=synth)
+
+    command = commands.add_parser(
+        "checkpoints", help="list a run's checkpoints and verify them", description=checkpoints.__doc__
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.set_defaults(run=checkpoints)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    benches = commands.add_parser("bench", help="measure, beside what people use now").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    command = benches.add_parser(
+        "checkpoint", help="how long a checkpoint holds training up", description=bench_checkpoint.__doc__
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/small.yaml")
+    command.add_argument(
+        "--launch", nargs="+", default=[], metavar="FILE", help="accelerate's launch files to measure under"
+    )
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="saves of each kind")
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=bench_checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -194,6 +194,13 @@ class Config(Section):
         """The run's folder."""
         return Path(self.run.dir) / self.run.name
 
+    def identity(self) -> dict[str, Any]:
+        """The keys that a run's result follows from, flat; what may differ from start to start is left out."""
+        values = self.model_dump(mode="json")
+        for section in ("run", "data", "train"):
+            values[section] = {key: value for key, value in values[section].items() if key not in _FREE[section]}
+        return dict(_flatten({key: value for key, value in values.items() if key not in _FREE[""]}, ""))
+
     def to_yaml(self) -> str:
         """The resolved config, as `load_config` reads it."""
         out = io.StringIO()
@@ -201,6 +208,25 @@ class Config(Section):
         yaml.default_flow_style = False
         yaml.dump(self.model_dump(mode="json"), out)
         return out.getvalue()
+
+
+# A data set may have moved since; whether it is the same one is seen by its contents.
+_FREE = {
+    "": {"checkpoint", "tracking", "debug"},
+    "run": {"dir"},
+    "data": {"workers", "packed", "train_csv", "train_images", "val_csv", "val_images"},
+    "train": {"micro_batch_size", "stall_timeout"},
+}
+
+
+def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(values, dict):
+        entries: Any = values.items()
+    elif isinstance(values, list):
+        entries = enumerate(values)
+    else:
+        return [(prefix, values)]
+    return [pair for key, value in entries for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -118,18 +118,26 @@ def launch(
     check: bool = True,
     extra: tuple[str, ...] = (),
     gpu: bool = False,
+    script: str = "train.py",
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py through a launch file, or plainly in one process, with one thread a process."""
-    command = [sys.executable, "train.py", *arguments]
-    if config_file is not None:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        command = [*launcher, "--config_file", f"launch/accelerate/{config_file}.yaml", *extra, "train.py", *arguments]
+    command = command_line(*arguments, config_file=config_file, extra=extra, script=script)
     done = subprocess.run(
         command, cwd=ROOT, env=environment(gpu), timeout=timeout, capture_output=True, text=True, check=False
     )
     if check and done.returncode != 0:
         pytest.fail(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def command_line(
+    *arguments: str, config_file: str | None = None, extra: tuple[str, ...] = (), script: str = "train.py"
+) -> list[str]:
+    """What `launch` runs."""
+    if config_file is None:
+        return [sys.executable, script, *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launcher, "--config_file", f"launch/accelerate/{config_file}.yaml", *extra, script, *arguments]
 
 
 def environment(gpu: bool = False) -> dict[str, str]:

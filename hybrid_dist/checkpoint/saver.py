@@ -45,7 +45,7 @@ class Saver:
         control: Control,
         warn: Callable[[str], None],
         beat: Callable[[], None],
-        settle: Callable[[Found], None],
+        settle: Callable[[Found, Callable[[], None]], None],
     ):
         """Nothing is written yet.
 
@@ -53,6 +53,7 @@ class Saver:
             warn: Told of a save that failed behind the loop.
             beat: Told that a save, on whichever rank, moves.
             settle: What rank 0 does after each commit, in its thread, before older checkpoints go: the best, pruning.
+                Its second argument wants to be called as it moves.
         """
         self.store, self.control, self.warn, self.beat, self.settle = store, control, warn, beat, settle
         self.newest: Found | None = None
@@ -146,7 +147,7 @@ class Saver:
         self._move()
         self.store.commit(self._partial, content.name, content.state, content.files, self._shards)
         self._move()
-        self.settle(self._found())
+        self.settle(self._found(), self._move)
 
     def _committed(self) -> None:
         assert self._content is not None

@@ -108,6 +108,34 @@ class Store:
         found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
         return sorted(found, key=lambda path: (step_of(path), _written(path)), reverse=True)
 
+    def survey(
+        self, accept: Callable[[Found], None], tick: Callable[[str], None] = lambda name: None
+    ) -> list[dict[str, Any]]:
+        """What is known of each candidate, newest first, as plain values; `problem` is None for those that are whole.
+
+        Args:
+            accept: As in `newest`.
+            tick: Told each name before its sums are made.
+        """
+        rows = []
+        for path in self.candidates():
+            tick(path.name)
+            state: dict[str, Any] = {}
+            problem = None
+            try:
+                found = inspect(path)
+                state = found.state
+                accept(found)
+            except Damaged as reason:
+                problem = str(reason)
+            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+            facts = {key: state.get(key) for key in ("phase", "step", "phase_step", "finished", "topology")}
+            best = state.get("step") is not None and state.get("best_step") == state.get("step")
+            rows.append(
+                {"name": path.name, **facts, "best": best, "bytes": size, "written": _written(path), "problem": problem}
+            )
+        return rows
+
     def sweep(self) -> None:
         """Clear away what saves that were cut off have left; while nothing is being saved."""
         for aside in self.folder.glob(".*.old"):

@@ -264,7 +264,7 @@ class PhaseLoop:
             self.state.positions = {name: file.position() for name, file in self.files.items()}
         except OSError as error:
             problem = str(error)
-        state = self.state.state_dict() | {"topology": self.topology.label, "config": self.job.identity}
+        state = self.state.state_dict() | {"topology": self.topology.label, "config": self.config.identity()}
         state["shapes"] = {name: list(shape) for name, shape in self.layout.shapes.items()}
         content = Content(checkpoint_name(self.phase.name, self.state.step), state, files, self._sync)
         buffers = self.layout.held_buffers(self.engine.model) if self.topology.is_main else {}

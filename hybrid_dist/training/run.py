@@ -36,7 +36,7 @@ from hybrid_dist.tracking import Status, Terminal
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import checkpoint_name, describe_model, find_best, publish_best, publish_model
-from hybrid_dist.training.state import TrainState
+from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
 from hybrid_dist.training.watch import Watch
@@ -57,8 +57,6 @@ class Job:
     tasks: list[Task]
     train_table: Table
     val_table: Table
-    identity: dict[str, Any]
-    """The keys of the config that a run's result follows from, flat."""
     store: Store
     saver: Saver
     lock: RunLock
@@ -162,7 +160,7 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table,
-        identity=_identity(config), store=store, saver=_saver(config, topology, store, watch, terminal),
+        store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
     )  # fmt: skip
 
@@ -177,9 +175,9 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
     phases = config.phases
     carried = {phase.name for phase, later in itertools.pairwise(phases) if later.carry_optimizer}
 
-    def settle(found: Found) -> None:
+    def settle(found: Found, tick: Callable[[], None]) -> None:
         """After a commit: the best comes out, and what is no longer needed goes."""
-        publish_best(config.folder, found, watch.beat)
+        publish_best(config.folder, found, tick)
         phase, best = found.state["phase"], found.state["best_step"]
         spare = [checkpoint_name(phase, best)] if phase in carried and best is not None else []
         store.prune(found.path, spare)
@@ -226,39 +224,12 @@ def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
         return False
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder (it has no config.yaml); another run.name would do")
-    there, here = _identity(load_config(folder / "config.yaml")), _identity(config)
+    there, here = load_config(folder / "config.yaml").identity(), config.identity()
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
         what = "; ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:4])
         raise UserError(f"{folder} belongs to another config: {what}. Another run.name, or --fresh, would do")
     return True
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The keys that a run's result follows from; what may differ from start to start is left out."""
-    values = config.model_dump(mode="json")
-    for section in ("run", "data", "train"):
-        values[section] = {key: value for key, value in values[section].items() if key not in _FREE[section]}
-    return dict(_flatten({key: value for key, value in values.items() if key not in _FREE[""]}, ""))
-
-
-# A data set may have moved since; whether it is the same one is seen by its contents (`_data_sums`).
-_FREE = {
-    "": {"checkpoint", "tracking", "debug"},
-    "run": {"dir"},
-    "data": {"workers", "packed", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "stall_timeout"},
-}
-
-
-def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
-    if isinstance(values, dict):
-        entries: Any = values.items()
-    elif isinstance(values, list):
-        entries = enumerate(values)
-    else:
-        return [(prefix, values)]
-    return [pair for key, value in entries for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _data_sums(job: Job) -> dict[str, str]:
@@ -284,23 +255,8 @@ def _newest(job: Job) -> Found | None:
     """The checkpoint to go on from; rank 0 looks and decides, the others follow."""
     found = None
     if job.topology.is_main:
-        found = job.store.newest(lambda candidate: _check_own(job, candidate), job.terminal.say)
+        found = job.store.newest(lambda candidate: check_own(job.config, candidate), job.terminal.say)
     return job.topology.control.from_main(found)
-
-
-def _check_own(job: Job, found: Found) -> None:
-    """Raises `Damaged` for a whole checkpoint that is another run's."""
-    there = found.state.get("config") or {}
-    differing = [key for key in there if key in job.identity and there[key] != job.identity[key]]
-    if differing:
-        key = differing[0]
-        raise Damaged(f"it belongs to another config: {key} is {there[key]!r} there and {job.identity[key]!r} here")
-    if found.state.get("phase") not in [phase.name for phase in job.config.phases]:
-        raise Damaged(f"it is of a phase {found.state.get('phase')!r}, which this config does not have")
-    try:
-        TrainState.from_dict(found.state)
-    except TypeError as error:
-        raise Damaged(f"its state can't be read ({error})") from None
 
 
 def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from hybrid_dist.checkpoint import Damaged, Found
+from hybrid_dist.config import Config
+
 
 @dataclass
 class TrainState:
@@ -45,3 +48,18 @@ class TrainState:
         fresh = TrainState(phase, step=self.step, samples=self.samples, positions=self.positions, data=self.data)
         for entry in fields(self):
             setattr(self, entry.name, getattr(fresh, entry.name))
+
+
+def check_own(config: Config, found: Found) -> None:
+    """Raises `Damaged` for a whole checkpoint that is not of the run of this config."""
+    there, here = found.state.get("config") or {}, config.identity()
+    differing = [key for key in there if key in here and there[key] != here[key]]
+    if differing:
+        key = differing[0]
+        raise Damaged(f"it belongs to another config: {key} is {there[key]!r} there and {here[key]!r} here")
+    if found.state.get("phase") not in [phase.name for phase in config.phases]:
+        raise Damaged(f"it is of a phase {found.state.get('phase')!r}, which this config does not have")
+    try:
+        TrainState.from_dict(found.state)
+    except TypeError as error:
+        raise Damaged(f"its state can't be read ({error})") from None

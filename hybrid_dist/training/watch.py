@@ -50,7 +50,10 @@ class Watch:
             threading.Thread(target=self._look, args=(self.timeout,), daemon=True, name="watch").start()
 
     def beat(self, doing: str | None = None) -> None:
-        """The loop has moved; `doing` is what it begins with now. Costs nothing."""
+        """The loop has moved; `doing` is what it begins with now. Costs nothing.
+
+        Every rank calls it in the same places, so that the counts tell who is behind.
+        """
         self._beats += 1
         if doing is not None:
             self._doing = doing

@@ -24,7 +24,7 @@ from hybrid_dist.errors import UserError
 def make_saver(folder: Path, keep: int = 3) -> tuple[Saver, list[str]]:
     said: list[str] = []
     store = Store(folder / "checkpoints", keep)
-    return Saver(store, Control(0, 1), said.append, lambda: None, lambda found: store.prune(found.path)), said
+    return Saver(store, Control(0, 1), said.append, lambda: None, lambda found, tick: store.prune(found.path)), said
 
 
 def begin(saver: Saver, step: int, weight: torch.Tensor | None = None, wait: bool = True, **more: Any) -> str | None:
@@ -58,7 +58,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
 def test_what_is_spared_stays(tmp_path: Path) -> None:
     """Catches: a best checkpoint that the next phase needs, pruned for its age."""
     saver, _ = make_saver(tmp_path, keep=1)
-    saver.settle = lambda found: saver.store.prune(found.path, ["a-8"])
+    saver.settle = lambda found, tick: saver.store.prune(found.path, ["a-8"])
     for step in (7, 8, 9, 10):
         save(saver, step)
     assert names(tmp_path) == ["a-10", "a-8"]

@@ -81,17 +81,81 @@ def test_same_topology_is_bit_for_bit(
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("writer", "reader"),
-    [("ZeRO 2 x2", None), ("ZeRO 2 x2", "zero3"), ("one", "zero1"), ("one", "zero3_offload"), ("one", "ddp")],
-)
-def test_another_topology_goes_on(writer: str, reader: str | None, wholes: dict[str, Path], tmp_path: Path) -> None:
+# name: launch file (None: plain python), extra launcher arguments
+TOPOLOGIES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "one": (None, ()),
+    "DDP x2": ("ddp", ()),
+    "ZeRO 1 x2": ("zero1", ()),
+    "ZeRO 2 x2": ("zero2", ()),
+    "ZeRO 3 x2": ("zero3", ()),
+    "ZeRO 3 x4": ("zero3", ("--num_processes", "4")),
+    "ZeRO 2 offload x2": ("zero2_offload", ()),
+}
+READ_AT = 10
+"""In phase b, within an epoch, between two lines of metrics.jsonl; five steps before the end."""
+
+
+def run_all(topology: str, configs: list[Path]) -> None:
+    config_file, extra = TOPOLOGIES[topology]
+    launch(*map(str, configs), config_file=config_file, extra=extra, script="tests/distributed/many.py", timeout=600)
+
+
+@pytest.fixture(scope="module")
+def writers(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A whole run on each topology, with a checkpoint at each step."""
+    runs = {}
+    for topology in TOPOLOGIES:
+        folder = tmp_path_factory.mktemp("writer")
+        values = tiny_values(tiny_data, folder)
+        values["checkpoint"] = {"every_steps": 1, "keep": 100}
+        values["tracking"] = {"log_every": 4}
+        values["train"]["micro_batch_size"] = 4
+        values["phases"] = values["phases"][:2]
+        values["phases"][0]["steps"], values["phases"][1]["steps"] = 3, 12
+        YAML().dump(values, folder / "config.yaml")
+        run_all(topology, [folder / "config.yaml"])
+        runs[topology] = folder / "runs" / "tiny"
+    return runs
+
+
+def left_at(whole: Path, folder: Path, step: int) -> Path:
+    """A config, and the run of `whole` as it stood at `step`, with what later steps have left elsewhere still there."""
+    values = YAML(typ="safe").load(whole.parent.parent / "config.yaml")
+    values["run"]["dir"] = str(folder)
+    folder.mkdir()
+    YAML().dump(values, folder / "config.yaml")
+    shutil.copytree(whole, folder / "tiny")
+    shutil.rmtree(folder / "tiny" / "model")
+    for checkpoint in (folder / "tiny" / "checkpoints").iterdir():
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize("reader", TOPOLOGIES)
+def test_every_topology_reads_every_other(reader: str, writers: dict[str, Path], tmp_path: Path) -> None:
     """Catches: state that only the topology that wrote it can read, or reads into the wrong place."""
-    cut_back(wholes[writer], tmp_path)
-    run = go_on(tmp_path, reader, 4)
-    want, have = (read_lines(folder / "trace.jsonl")[CUT:] for folder in (wholes[writer], run))
-    assert [(line["step"], line["sample_ids"], line["digest"]) for line in have] == [
-        (line["step"], line["sample_ids"], line["digest"]) for line in want
-    ]
-    for one, other in zip(want, have, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5), f"step {one['step']}"
+    configs = {
+        writer: left_at(whole, tmp_path / str(index), READ_AT) for index, (writer, whole) in enumerate(writers.items())
+    }
+    run_all(reader, list(configs.values()))
+    for writer, config in configs.items():
+        run, whole = config.parent / "tiny", writers[writer]
+        want, have = (read_lines(folder / "trace.jsonl") for folder in (whole, run))
+        assert have[:READ_AT] == want[:READ_AT]
+        assert [(line["step"], line["sample_ids"], line["digest"]) for line in have] == [
+            (line["step"], line["sample_ids"], line["digest"]) for line in want
+        ], writer
+        for one, other in zip(want[READ_AT:], have[READ_AT:], strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-6), f"{writer} → {reader}, step {one['step']}"
+        one, other = (read_lines(folder / "metrics.jsonl")[-1] for folder in (whole, run))
+        assert other["val/loss"] == pytest.approx(one["val/loss"], rel=1e-6)
+        if writer == reader:
+            one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
+            assert all(torch.equal(one[key], other[key]) for key in one), writer
+        print(
+            writer,
+            "→",
+            reader,
+            max(abs(b["loss"] / a["loss"] - 1) for a, b in zip(want[READ_AT:], have[READ_AT:], strict=True)),
+        )

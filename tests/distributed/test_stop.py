@@ -1,0 +1,164 @@
+"""Asked to stop, in every way and at every moment, through a launcher; and stuck."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.conftest import launch, tiny_values
+from tests.distributed.running import Running, expect_same_run
+
+SECONDS = 30
+"""From the request to the end of the last process; after that long a launcher kills."""
+
+
+def make_config(data: Path, folder: Path, steps: int, **train: object) -> Path:
+    """A copy of the data, so that pictures can be taken away; a loader process for each rank."""
+    shutil.copytree(data, folder / "data")
+    values = tiny_values(folder / "data", folder)
+    values["data"]["workers"] = 1
+    values["train"].update(train)
+    values["checkpoint"] = {"every_steps": 7, "keep": 2}
+    for phase in values["phases"]:
+        phase["steps"] = steps
+    YAML().dump(values, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+def block_pictures(folder: Path) -> Callable[[], None]:
+    """Pictures that can be opened, and never give a byte; returns what gives them back."""
+    split, kept = folder / "data" / "train", folder / "data" / "kept"
+    kept.mkdir()
+    for picture in split.iterdir():
+        os.link(picture, kept / picture.name)
+        os.mkfifo(kept / "pipe")
+        (kept / "pipe").replace(picture)  # never a moment without a file
+
+    def give_back() -> None:
+        shutil.rmtree(split)
+        kept.rename(split)
+
+    return give_back
+
+
+def is_writing(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".*.partial"))
+
+
+def test_every_way_to_ask_loses_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a request that a launcher, a loader process, a wait for data or a write turns into a loss; orphans; a
+    stop at different steps on different ranks, after which the ends would differ."""
+    config = make_config(tiny_data, tmp_path, steps=40)
+    launch("--config", str(config), f"run.dir={tmp_path / 'whole'}", config_file="ddp")
+    run, at = tmp_path / "runs" / "tiny", 0
+
+    def ask(said: str, request: Callable[[Running], None], ready: Callable[[Running], bool] | None = None) -> None:
+        nonlocal at
+        with Running(config, run, "ddp") as training:
+            assert training.wait_for("a step", lambda: training.steps() > at + 2), training.tail()
+            if ready is not None:
+                assert training.wait_for(said, lambda: ready(training), poll=0.0005), training.tail()
+            request(training)
+            began = time.monotonic()
+            assert training.end(SECONDS + 10) != 0
+            assert time.monotonic() - began < SECONDS, said
+            status = training.status()
+            assert status["state"] == "stopped", (said, training.tail())
+            assert said in status["reason"]
+            assert status["step"] >= at
+            at = status["step"]
+            newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+            assert json.loads((newest / "state.json").read_text())["step"] == at
+
+    def to_launcher(number: signal.Signals) -> Callable[[Running], None]:
+        return lambda training: os.kill(training.launcher.pid, number)
+
+    ask("SIGTERM", to_launcher(signal.SIGTERM))
+    ask("SIGINT", to_launcher(signal.SIGINT), lambda training: is_writing(run))
+    ask("launcher is gone", to_launcher(signal.SIGUSR1))
+    ask("STOP", lambda training: (run / "STOP").touch())
+    # To one rank alone, and in a way that reaches its loader process too.
+    ask("SIGUSR2", lambda training: training.ranks()[0].send_signal(signal.SIGUSR2))
+    ask("SIGHUP", lambda training: [process.send_signal(signal.SIGHUP) for process in training.tree()] and None)
+    given_back = []
+
+    def block_and_terminate(training: Running) -> None:
+        given_back.append(block_pictures(tmp_path))
+        still = -1
+        while training.steps() != still:  # the loop waits for pictures that never come
+            still = training.steps()
+            time.sleep(2)
+        os.kill(training.launcher.pid, signal.SIGTERM)
+
+    try:
+        ask("SIGTERM", block_and_terminate)
+    finally:
+        given_back[0]()
+    launch("--config", str(config), config_file="ddp")
+    expect_same_run(run, tmp_path / "whole" / "tiny")
+
+
+def stacks(run: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run / "stacks").glob("rank-*.txt")}
+
+
+def test_stuck_in_the_data(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a job that waits for a dead file system until its time is up; stacks that don't show where."""
+    config = make_config(tiny_data, tmp_path, steps=40, stall_timeout=6.0)
+    run = tmp_path / "runs" / "tiny"
+    with Running(config, run, "zero2") as training:
+        assert training.wait_for("a step", lambda: training.steps() > 2), training.tail()
+        give_back = block_pictures(tmp_path)
+        try:
+            assert training.end(90) != 0
+        finally:
+            give_back()
+        assert training.status()["state"] == "failed"
+        # One of them may have had its pictures still.
+        where = r"stuck: no progress for 6 s at rank (0|1|0, 1) \(waiting for its data, on "
+        assert re.match(where, training.status()["reason"]), training.status()["reason"]
+        assert training.status()["step"] > 0
+    found = stacks(run)
+    assert sorted(found) == ["rank-00000.txt", "rank-00001.txt"]
+    for text in found.values():
+        assert "feed.py" in text
+        assert "dataloader.py" in text
+    with Running(config, run, "zero2", "train.stall_timeout=600") as training:
+        assert training.end(120) == 0, training.tail()
+
+
+def test_a_frozen_rank_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: ranks that wait for ever for one that does not come."""
+    config = make_config(tiny_data, tmp_path, steps=400, stall_timeout=6.0)
+    run = tmp_path / "runs" / "tiny"
+    with Running(config, run, "ddp") as training:
+        assert training.wait_for("a step", lambda: training.steps() > 2), training.tail()
+        frozen = next(process for process in training.ranks() if process.environ()["RANK"] == "1")
+        frozen.suspend()
+        assert training.end(90) != 0
+        assert training.status()["state"] == "failed"
+        assert "at rank 1 (frozen or gone: it wrote no stack)" in training.status()["reason"]
+    assert sorted(stacks(run)) == ["rank-00000.txt"]
+
+
+def test_suspended_as_a_whole_is_not_stuck(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a job that a scheduler suspends and resumes, ended for the time in between."""
+    config = make_config(tiny_data, tmp_path, steps=40, stall_timeout=4.0)
+    run = tmp_path / "runs" / "tiny"
+    with Running(config, run, "ddp") as training:
+        assert training.wait_for("a step", lambda: training.steps() > 2), training.tail()
+        processes = training.tree()
+        for process in processes:
+            process.suspend()
+        time.sleep(8)
+        for process in processes:
+            process.resume()
+        assert training.end(120) == 0, training.tail()
