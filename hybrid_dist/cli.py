@@ -61,7 +61,8 @@ def checkpoints(arguments: argparse.Namespace) -> int:
     elif not rows:
         print(f"{arguments.run_folder} has no checkpoint yet")
     else:
-        Console().print(_checkpoint_table(rows))
+        # A pipe or a log has no width to fit.
+        Console(width=None if sys.stdout.isatty() else 160).print(_checkpoint_table(rows))
     return 3 if any(row["problem"] for row in rows) else 0
 
 
@@ -69,17 +70,13 @@ def _checkpoint_table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("checkpoint", "phase", "step", "size", "written", "by", "", box=None)
-    table.columns[2].justify = table.columns[3].justify = "right"
+    table = Table("checkpoint", "size", "written", "by", "state", box=None)
+    table.columns[1].justify, table.columns[4].overflow = "right", "fold"
     for row in rows:
-        notes = ["the phase's end"] if row["finished"] else []
-        notes += ["its best"] if row["best"] else []
-        word = Text(f"damaged: {row['problem']}", style="red") if row["problem"] else Text(", ".join(["whole", *notes]))
-        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["written"])) if row["written"] else ""
-        table.add_row(
-            Text(row["name"]), row["phase"], str(row["step"] or ""), f"{row['bytes'] / 1e6:.1f} MB", written,
-            row["topology"], word,
-        )  # fmt: skip
+        words = ["whole", *(["phase's end"] if row["finished"] else []), *(["best"] if row["best"] else [])]
+        state = Text(f"damaged: {row['problem']}", style="red") if row["problem"] else Text(", ".join(words))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["written"])) if row["written"] else ""
+        table.add_row(Text(row["name"]), f"{row['bytes'] / 1e6:.1f} MB", written, row["topology"], state)
     return table
 
 

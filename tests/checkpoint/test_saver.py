@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from hybrid_dist.checkpoint import Content, Found, PieceReader, RunLock, Saver, Store
 from hybrid_dist.distributed import Control, Piece
 from hybrid_dist.errors import UserError
+from tests.conftest import fill
 
 
 def make_saver(folder: Path, keep: int = 3) -> tuple[Saver, list[str]]:
@@ -82,27 +81,6 @@ def test_the_loop_goes_on_while_it_is_written(tmp_path: Path) -> None:
     assert PieceReader(found.shards)("w", "weight", 0, 1000).eq(1.0).all()
     assert saver.newest is not None
     assert saver.newest.path == found.path
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(disk: Path) -> Path:
-    file = disk / "filler"
-    with file.open("wb") as out, contextlib.suppress(OSError):
-        while os.write(out.fileno(), bytes(4096)):
-            pass
-    return file
 
 
 def test_a_full_disk_is_a_warning_and_then_it_is_tried_again(small_disk: Path) -> None:

@@ -23,7 +23,7 @@ import train
 from hybrid_dist.checkpoint import Found
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
-from tests.conftest import ROOT, environment, read_lines, tiny_values
+from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
 
 PHASES = [
     {"name": "a", "trainable": ["heads", "fusion"], "steps": 3, "lr": 1e-3},
@@ -400,6 +400,42 @@ def test_two_at_once(call: Callable[..., int], config: Path, capsys: Any) -> Non
         assert {path: path.stat().st_mtime_ns for path in folder(config).rglob("*")} == before
         other.stdin.close()
     assert call(config) == 0
+
+
+def test_a_disk_that_is_full_for_a_while(
+    call: Callable[..., int], config: Path, small_disk: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Catches: a full disk that ends the training between two checkpoints, or passes for a phase's good end; steps
+    that are lost or doubled in metrics.jsonl and trace.jsonl once there is room again."""
+    assert call(config, f"run.dir={config.parent / 'whole'}") == 0
+    run, arguments = small_disk / "tiny", (f"run.dir={small_disk}", "checkpoint.keep=2")
+    make_step, steps = phase_module.train_step, 0
+
+    def step_with_neighbours(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            fill(small_disk)
+        elif steps == 7:
+            (small_disk / "filler").unlink()
+        elif steps == 12:
+            fill(small_disk)
+        return make_step(*arguments)
+
+    monkeypatch.setattr(phase_module, "train_step", step_with_neighbours)
+    capsys.readouterr()
+    assert call(config, *arguments) == 2
+    said = capsys.readouterr().err
+    assert "warning: checkpoint b-5 could not be written" in said
+    assert "checkpoint b-7 could not" not in said
+    assert "train.py: checkpoint c-12 can't be written: " in said
+    assert "No space left" in said
+    assert steps == 12
+    assert not list(run.rglob("*.partial"))
+    (small_disk / "filler").unlink()
+    assert call(config, *arguments) == 0
+    assert steps in (13, 14), "it went on from the step before, or the one before that, whose save was still under way"
+    expect_same(run, folder(config, "whole"))
 
 
 def moments(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
