@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from tests.conftest import launch, read_lines, tiny_values
+from tests.distributed.running import expect_same_run
 
 CUT = 17
 """The step that the interrupted run has got to: in phase b, within an epoch, between two lines of metrics.jsonl."""
@@ -29,9 +29,9 @@ def start(data: Path, folder: Path, config_file: str | None, micro: int) -> Path
     return go_on(folder, config_file, micro)
 
 
-def go_on(folder: Path, config_file: str | None, micro: int) -> Path:
-    launch("--config", str(folder / "config.yaml"), f"run.dir={folder / 'runs'}", f"train.micro_batch_size={micro}",
-           config_file=config_file)  # fmt: skip
+def go_on(folder: Path, config_file: str | None, micro: int, *more: str) -> Path:
+    changes = (f"run.dir={folder / 'runs'}", f"train.micro_batch_size={micro}")
+    launch("--config", str(folder / "config.yaml"), *changes, *more, config_file=config_file)
     return folder / "runs" / "tiny"
 
 
@@ -47,10 +47,6 @@ def cut_back(whole: Path, folder: Path) -> None:
         shutil.rmtree(run / "phase_b")
     shutil.rmtree(run / "phase_c")
     shutil.rmtree(run / "model")
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "time" and "perf/" not in key} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +65,17 @@ def test_same_topology_is_bit_for_bit(
     """Catches: a sample, a mask, a rate, a moment, a metric or a byte of a log that does not come back as it was."""
     cut_back(wholes[writer], tmp_path)
     run = go_on(tmp_path, config_file, 4)
-    for name in ("model/model.safetensors", "phase_b/best.safetensors", "phase_c/best.safetensors"):
-        want, have = load_file(wholes[writer] / name), load_file(run / name)
-        assert want.keys() == have.keys()
-        assert all(torch.equal(want[key], have[key]) for key in want), name
-    assert (run / "trace.jsonl").read_text() == (wholes[writer] / "trace.jsonl").read_text()
-    want_lines, have_lines = (read_lines(folder / "metrics.jsonl") for folder in (wholes[writer], run))
-    assert without_times(have_lines) == without_times(want_lines)
-    name = "phase_c/predictions_val.csv"
-    assert (run / name).read_text() == (wholes[writer] / name).read_text()
+    expect_same_run(run, wholes[writer])
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_phases_as_jobs_are_bit_for_bit_one_run(wholes: dict[str, Path], tmp_path: Path) -> None:
+    """Catches: an engine whose first phase leaves something behind in the process for the next one."""
+    shutil.copy(wholes["ZeRO 2 x2"].parent.parent / "config.yaml", tmp_path)
+    for phase in "abc":
+        run = go_on(tmp_path, "zero2", 4, "--phase", phase)
+        assert json.loads((run / "status.json").read_text())["phase"] == phase
+    expect_same_run(run, wholes["ZeRO 2 x2"])
 
 
 # name: launch file (None: plain python), extra launcher arguments
@@ -153,9 +150,3 @@ def test_every_topology_reads_every_other(reader: str, writers: dict[str, Path],
         if writer == reader:
             one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
             assert all(torch.equal(one[key], other[key]) for key in one), writer
-        print(
-            writer,
-            "→",
-            reader,
-            max(abs(b["loss"] / a["loss"] - 1) for a, b in zip(want[READ_AT:], have[READ_AT:], strict=True)),
-        )
