@@ -1,15 +1,23 @@
 """accelerate's entry point: `accelerate launch --config_file launch/accelerate/NAME.yaml train.py --config …`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from hybrid_dist.config import Config, load_config
 from hybrid_dist.errors import UserError
+from hybrid_dist.parent import ends_with_its_launcher
+
+if TYPE_CHECKING:
+    from hybrid_dist.config import Config
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Read the command line and the config it names."""
+    from hybrid_dist.config import load_config
+
     parser = argparse.ArgumentParser(description="Train a run: what is left of its phases, or of one of them.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("--phase", metavar="NAME", help="only this phase, as a job of its own")
@@ -22,11 +30,12 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
 def main() -> int:
     topology = None
     try:
-        config, arguments = parse()
-        from hybrid_dist.distributed import leave, start
-        from hybrid_dist.training.run import run
+        with ends_with_its_launcher():
+            config, arguments = parse()
+            from hybrid_dist.distributed import leave, start
+            from hybrid_dist.training.run import run
 
-        topology = start(config.train.precision)
+            topology = start(config.train.precision)
         try:
             return run(config, topology, arguments.phase, arguments.fresh)
         finally:

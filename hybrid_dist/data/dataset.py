@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from hybrid_dist.data.augment import Augment, sample_key
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.errors import UserError
+from hybrid_dist.parent import signal_on_parents_death
 
 MOST_WORKERS = 16
 """Of `auto`: past this many a rank's accelerator is the slower side, and each worker costs memory."""
@@ -207,17 +207,9 @@ def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    _die_with_parent()
+    # Also while it waits for a disk: torch's own look-out for the parent only comes round between two batches.
+    signal_on_parents_death(signal.SIGKILL)
     _ignore_signals()
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def _die_with_parent() -> None:
-    """Also while it waits for a disk: torch's own look-out for the parent only comes round between two batches."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

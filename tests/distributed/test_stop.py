@@ -162,3 +162,14 @@ def test_suspended_as_a_whole_is_not_stuck(tiny_data: Path, tmp_path: Path) -> N
         for process in processes:
             process.resume()
         assert training.end(120) == 0, training.tail()
+
+
+def test_a_launcher_that_dies_before_the_ranks_have_met(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: ranks that go on waiting for each other, half an hour long, in a store that is no more."""
+    config, run = make_config(tiny_data, tmp_path, steps=40), tmp_path / "runs" / "tiny"
+    with Running(config, run, "ddp") as training:
+        assert training.wait_for("the ranks", lambda: len(training.ranks()) == 2)
+        time.sleep(1)  # Python itself has to be up
+        training.launcher.kill()
+        training.end(SECONDS)
+    assert not run.exists()
