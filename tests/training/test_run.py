@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 import train
 from hybrid_dist.checkpoint import Found
+from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
@@ -155,7 +157,7 @@ def test_what_is_left_when_nothing_valid_is(call: Callable[..., int], config: Pa
 
     shutil.rmtree(run)
     assert call(config, "--phase", "a") == 0
-    data = Path(train.load_config(config).data.train_csv)
+    data = Path(load_config(config).data.train_csv)
     classes = data.parent / "type_classes.json"
     try:
         classes.write_text(json.dumps({"classes": ["B737-800", "A320", "ATR72"], "num_classes": 3}))
@@ -166,7 +168,7 @@ def test_what_is_left_when_nothing_valid_is(call: Callable[..., int], config: Pa
 
 def test_a_bad_picture_ends_the_run_with_its_name(call: Callable[..., int], config: Path, capsys: Any) -> None:
     """Catches: a traceback, or a status that does not say which picture."""
-    data = Path(train.load_config(config).data.val_images)
+    data = Path(load_config(config).data.val_images)
     picture = data / "0004.png"
     good = picture.read_bytes()
     try:
@@ -408,25 +410,24 @@ def test_a_disk_that_is_full_for_a_while(
     """Catches: a full disk that ends the training between two checkpoints, or passes for a phase's good end; steps
     that are lost or doubled in metrics.jsonl and trace.jsonl once there is room again."""
     assert call(config, f"run.dir={config.parent / 'whole'}") == 0
-    run, arguments = small_disk / "tiny", (f"run.dir={small_disk}", "checkpoint.keep=2")
+    run, arguments = small_disk / "tiny", (f"run.dir={small_disk}",)  # and nothing is pruned: that would make room
     make_step, steps = phase_module.train_step, 0
 
     def step_with_neighbours(*arguments: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 5:
+        if steps in (5, 12):
             fill(small_disk)
         elif steps == 7:
             (small_disk / "filler").unlink()
-        elif steps == 12:
-            fill(small_disk)
         return make_step(*arguments)
 
     monkeypatch.setattr(phase_module, "train_step", step_with_neighbours)
     capsys.readouterr()
     assert call(config, *arguments) == 2
     said = capsys.readouterr().err
-    assert "warning: checkpoint b-5 could not be written" in said
+    # The save of step 4 may still be under way when the disk fills up; if it fails, it leaves room for the next.
+    assert re.search("warning: checkpoint b-[45] could not be written", said)
     assert "checkpoint b-7 could not" not in said
     assert "train.py: checkpoint c-12 can't be written: " in said
     assert "No space left" in said
