@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -426,8 +425,8 @@ def test_a_disk_that_is_full_for_a_while(
     capsys.readouterr()
     assert call(config, *arguments) == 2
     said = capsys.readouterr().err
-    # The save of step 4 may still be under way when the disk fills up; if it fails, it leaves room for the next.
-    assert re.search("warning: checkpoint b-[45] could not be written", said)
+    # Whatever becomes of the save that was under way: one that fails leaves less room than the next one needs.
+    assert "warning: checkpoint b-5 could not be written" in said
     assert "checkpoint b-7 could not" not in said
     assert "train.py: checkpoint c-12 can't be written: " in said
     assert "No space left" in said
