@@ -31,11 +31,14 @@ def bench(config: str, overrides: Sequence[str], launch: Sequence[str], repeats:
     Raises:
         UserError: a launch fails; its own output has said why.
     """
-    load_config(config, overrides)  # what is wrong with it is said once, before anything starts
+    # What is wrong with it is said once, before anything starts.
+    runs = Path(load_config(config, overrides).run.dir).absolute()
+    # A system's folder for temporary files may lie in memory: the disk that counts is the one that runs are kept on.
+    disk = next(path for path in (runs, *runs.parents) if path.is_dir())
     rows = []
     files: list[str | None] = [*launch] or [None]
     for file in files:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=disk) as folder:
             out = Path(folder) / "row.json"
             start = [sys.executable]
             if file is not None:
@@ -133,14 +136,14 @@ def _ours(saver: Saver, engine: Engine, layout: Any, step: int) -> tuple[float, 
     problem = saver.begin(content, engine.pieces(), buffers, False, None)
     blocked = time.perf_counter() - began
     # Then what a step does: tell the others, and take the save on when all are ready.
-    while saver.newest is None or saver.newest.path.name != content.name:
+    while saver.under_way():
         time.sleep(0.02)
         sums = control.total(saver.facts())
         again = time.perf_counter()
         saver.proceed(*sums)
         blocked += time.perf_counter() - again
-        if problem is not None:
-            raise UserError(f"the checkpoint can't be written: {problem}")
+    if saver.newest is None or saver.newest.path.name != content.name:
+        raise UserError(problem or f"checkpoint {content.name} can't be written")
     return max(control.to_all(blocked)), time.perf_counter() - began
 
 

@@ -13,11 +13,13 @@ from hybrid_dist.distributed.engine import Piece
 class HostCopy:
     """One flat fp32 buffer, kept from save to save: fresh memory would cost as much as the copy itself.
 
-    It is page-locked where the pieces come from a GPU, so that all of them are on their way before any has arrived.
+    It is page-locked where the pieces come from a GPU, so that all of them are on their way before any has arrived. By
+    CUDA's own call, for torch's allocator of pinned memory rounds up to a power of two, and keeps what it once had.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
+        self._locked = self._for_gpu = False
 
     def __call__(self, pieces: Iterable[Piece]) -> list[Piece]:
         """The pieces with their values as they are now; overwritten by the next call. Waits for the device."""
@@ -25,9 +27,8 @@ class HostCopy:
         values = [tensor for piece in found for tensor in piece.values.values()]
         on_gpu = any(tensor.is_cuda for tensor in values)
         total = sum(tensor.numel() for tensor in values)
-        if self._memory.numel() < total or self._memory.is_pinned() != on_gpu:
-            self._memory = torch.empty(0)  # the old one goes before the new one comes
-            self._memory = torch.empty(total, pin_memory=on_gpu)
+        if self._memory.numel() < total or self._for_gpu != on_gpu:
+            self._grow(total, on_gpu)
         copied, end = [], 0
         for piece in found:
             held: dict[str, Tensor] = {}
@@ -39,3 +40,13 @@ class HostCopy:
         if on_gpu:
             torch.cuda.synchronize()
         return copied
+
+    def _grow(self, total: int, lock: bool) -> None:
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory = torch.empty(0)  # the old one goes before the new one comes
+        self._memory, self._for_gpu = torch.empty(total), lock
+        # Where the system refuses to lock so much, copies are slower and as right.
+        self._locked = (
+            lock and int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)) == 0
+        )

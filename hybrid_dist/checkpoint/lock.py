@@ -29,6 +29,11 @@ class RunLock:
         self.warn = warn
         self._handle: int | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has it."""
+        return self._handle is not None
+
     def take(self) -> None:
         """Lock the folder, which exists; nothing is done if it is locked here already.
 

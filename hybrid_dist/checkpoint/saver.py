@@ -34,6 +34,8 @@ class Content:
     """More text files by name."""
     flush: Callable[[], None] = lambda: None
     """Called before the manifest is written: what the state speaks of has to be on the disk by then."""
+    lost: Callable[[], None] = lambda: None
+    """Called on every rank if the checkpoint does not come to be."""
 
 
 class Saver:
@@ -52,12 +54,12 @@ class Saver:
         Args:
             warn: Told of a save that failed behind the loop.
             beat: Told that a save, on whichever rank, moves.
-            settle: What rank 0 does after each commit, in its thread, before older checkpoints go: the best, pruning.
-                Its second argument wants to be called as it moves.
+            settle: What rank 0 does after each commit, in its thread: publish the best, then prune. Its second argument
+                wants to be called as it moves.
         """
         self.store, self.control, self.warn, self.beat, self.settle = store, control, warn, beat, settle
         self.newest: Found | None = None
-        """The last checkpoint that was committed here."""
+        """The checkpoint that a next start would go on from."""
         self._memory = HostCopy()
         self._content: Content | None = None
         self._partial = Path()
@@ -79,13 +81,12 @@ class Saver:
             problem: What keeps rank 0 from saving, if it knows already.
 
         Returns:
-            What keeps the save from beginning, the same on every rank.
+            What keeps the save from beginning, the same sentence on every rank.
         """
         assert self._content is None
         partial, problem = self.control.from_main(self._prepare(content, problem))
         if problem is not None:
-            self._fail(content.name, problem, wait)
-            return problem
+            return self._lose(content, problem, wait)
         self._content, self._partial, self._shards, self._wait = content, Path(partial), None, wait
         held = pieces if wait else self._memory(pieces)
         kept = dict(buffers) if wait else {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
@@ -96,7 +97,7 @@ class Saver:
 
     def facts(self) -> list[int]:
         """What `proceed` wants summed over the ranks: those at work, and how far they have come."""
-        return [int(self._task is not None and self._task.running()), self._moved]
+        return [int(self.busy()), self._moved]
 
     def proceed(self, running: int, moves: int) -> None:
         """Take the save to its next stage once no rank is at work; `running` and `moves` are sums of `facts`."""
@@ -110,8 +111,16 @@ class Saver:
         else:
             self._committed()
 
+    def busy(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._task is not None and self._task.running()
+
+    def under_way(self) -> bool:
+        """Whether a save has begun and not ended."""
+        return self._content is not None
+
     def finish(self) -> str | None:
-        """Wait for the save under way, if there is one; all ranks together. Returns what went wrong with it."""
+        """Wait for the save under way, if there is one; all ranks together. Returns a sentence on what went wrong."""
         self._problem = None
         while self._content is not None:
             if self._task is not None:
@@ -134,7 +143,7 @@ class Saver:
         outcomes = self.control.to_all((sums, problem))
         problems = [text for _, text in outcomes if text is not None]
         if problems:
-            self._end(problems[0])
+            self._end(lost=problems[0])
             return
         self._shards = {name: facts for part, _ in outcomes for name, facts in (part or {}).items()}
         self._task = _Task(self._commit) if self.control.rank == 0 else None
@@ -151,30 +160,43 @@ class Saver:
 
     def _committed(self) -> None:
         assert self._content is not None
-        _, problem = self._task.outcome() if self._task is not None else (None, None)
-        there = (self.store.folder / self._content.name).exists() and not self._partial.exists()
+        there, problem = False, None
+        if self._task is not None:  # rank 0
+            _, problem = self._task.outcome()
+            there = (self.store.folder / self._content.name).exists() and not self._partial.exists()
         there, problem = self.control.from_main((there, problem))
         if there:
             self.newest = self._found()
-        self._end(problem)
+            self._end(after=problem)
+        else:
+            self._end(lost=problem)
 
     def _found(self) -> Found:
         assert self._content is not None and self._shards is not None
         path = self.store.folder / self._content.name
         return Found(path, self._content.state, [path / name for name in sorted(self._shards)])
 
-    def _end(self, problem: str | None) -> None:
+    def _end(self, lost: str | None = None, after: str | None = None) -> None:
+        """The save is over: `lost`, or committed and then something failed `after` it, or all is well."""
         assert self._content is not None
         content, self._content, self._task = self._content, None, None
-        self._problem = problem
-        if problem is not None:
-            self._fail(content.name, problem, self._wait)
+        self._problem = None
+        if lost is not None:
+            self._problem = self._lose(content, lost, self._wait)
+        elif after is not None:
+            self._problem = f"checkpoint {content.name} is written, but not what follows from it: {after}"
+            if not self._wait and self.control.rank == 0:
+                self.warn(f"warning: {self._problem}; it will be tried again with the next one")
 
-    def _fail(self, name: str, problem: str, wait: bool) -> None:
+    def _lose(self, content: Content, problem: str, wait: bool) -> str:
+        """All ranks: there will be no such checkpoint. Returns the sentence that says so."""
+        content.lost()
+        sentence = f"checkpoint {content.name} can't be written: {problem}"
         if self.control.rank == 0:
             self.store.sweep()  # a full disk needs the room
             if not wait:
-                self.warn(f"warning: checkpoint {name} could not be written ({problem}); the next one will be tried")
+                self.warn(f"warning: {sentence}; the next one will be tried")
+        return sentence
 
     def _move(self) -> None:
         self._moved += 1

@@ -49,6 +49,7 @@ class Store:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self._skipped: set[Path] = set()
 
     def begin(self, name: str) -> Path:
         """An empty folder for checkpoint `name` that nobody takes for one; every attempt gets its own.
@@ -74,14 +75,16 @@ class Store:
         for file, text in {**files, STATE: json.dumps(state, indent=1, sort_keys=True)}.items():
             data = text.encode()
             (partial / file).write_bytes(data)
-            _sync(partial / file)
+            sync(partial / file)
             manifest[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_atomic(partial / MANIFEST, json.dumps({"format": FORMAT, "files": manifest}, indent=1))
+        sync(partial)
         final = self.folder / name
+        self._skipped.discard(final)
         if final.exists():
             final.replace(self._aside(final))
         partial.replace(final)
-        _sync(self.folder)
+        sync(self.folder)
         shutil.rmtree(self._aside(final), ignore_errors=True)
         return final
 
@@ -96,6 +99,7 @@ class Store:
                 found = inspect(path)
                 accept(found)
             except Damaged as reason:
+                self._skipped.add(path)
                 warn(f"checkpoint {path} is skipped: {reason}")
             else:
                 return found
@@ -117,7 +121,8 @@ class Store:
             accept: As in `newest`.
             tick: Told each name before its sums are made.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
+        bests: dict[str | None, int | None] = {}
         for path in self.candidates():
             tick(path.name)
             state: dict[str, Any] = {}
@@ -128,9 +133,14 @@ class Store:
                 accept(found)
             except Damaged as reason:
                 problem = str(reason)
-            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+            try:
+                size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+            except FileNotFoundError:
+                continue  # pruned meanwhile by a run that goes on
             facts = {key: state.get(key) for key in ("phase", "step", "phase_step", "finished", "topology")}
-            best = state.get("step") is not None and state.get("best_step") == state.get("step")
+            # The newest of a phase knows its best.
+            best_step = bests.setdefault(facts["phase"], state.get("best_step")) if problem is None else None
+            best = best_step is not None and best_step == state.get("step")
             rows.append(
                 {"name": path.name, **facts, "best": best, "bytes": size, "written": _written(path), "problem": problem}
             )
@@ -149,8 +159,7 @@ class Store:
 
     def prune(self, newest: Path, spare: Collection[str] = ()) -> None:
         """Remove what is older than the newest `keep`, but for those called in `spare`."""
-        older = [path for path in self.candidates() if step_of(path) < step_of(newest)]
-        for path in older[max(self.keep - 1, 0) :]:
+        for path in self._older(newest)[self.keep - 1 :]:
             if path.name in spare:
                 continue
             # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
@@ -158,6 +167,15 @@ class Store:
             shutil.rmtree(doomed, ignore_errors=True)
             path.replace(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+    def kept(self, newest: Path) -> list[str]:
+        """The names that `prune` leaves in any case."""
+        return [newest.name, *(path.name for path in self._older(newest)[: self.keep - 1])]
+
+    def _older(self, newest: Path) -> list[Path]:
+        """Newest first; but what was found to be damaged takes no whole one's place."""
+        older = [path for path in self.candidates() if step_of(path) < step_of(newest)]
+        return sorted(older, key=lambda path: path in self._skipped)
 
     def _aside(self, final: Path) -> Path:
         return final.with_name(f".{final.name}.old")
@@ -224,11 +242,11 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")
-    _sync(beside)
+    sync(beside)
     beside.replace(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the system put a file's bytes, or a folder's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,17 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A validation's outcome, to go into the checkpoint of its step."""
+
+    step: int
+    score: float
+    metrics: dict[str, float | None]
+    files: dict[str, str]
+    """Its predictions; rank 0 has them."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a model's weights look like before an engine takes them apart."""
 
@@ -86,6 +98,7 @@ class PhaseLoop:
         self._seen = 0
         self.lr = 0.0
         self.last_loss = ""
+        self._judged: Judged | None = None
 
     def _lines(self, name: str) -> JsonLines:
         keep = self.state.positions.get(name, 0)
@@ -172,7 +185,7 @@ class PhaseLoop:
             self._validate()
             self._begin()
         elif every and step % every == 0:
-            self._save({}, wait=False)
+            self._save(wait=False)
 
     def _note(self) -> str:
         score = f"best {self.state.best_score:.4f}" if self.state.best_score is not None else ""
@@ -218,18 +231,15 @@ class PhaseLoop:
         assert metrics is not None
         self.state.validation_due = False
         files: dict[str, str] = {}
-        found = metrics["val/score"] or 0.0
-        if self.state.best_score is None or found > self.state.best_score:
-            self.state.best_score, self.state.best_step = found, self.state.step
-            self.state.best_metrics = metrics
-            if result is not None:
-                names = [job.val_table.filename(int(row)) for row in result.rows]
-                files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
+        if result is not None:
+            names = [job.val_table.filename(int(row)) for row in result.rows]
+            files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
+        self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, files)
         self._write_metrics(metrics)
         epoch = self.length.epoch(self.state.phase_step)
         names = [task.name for task in job.tasks]
         job.terminal.metrics(f"phase {self.phase.name}, epoch {epoch}, step {self.state.step}", metrics, names)
-        self._save(files, wait=self.state.phase_step == self.length.total)
+        self._save(wait=self.state.phase_step == self.length.total)
 
     def _run_validation(self) -> Validated | None:
         job, feed = self.job, Feed(self.val)
@@ -248,7 +258,23 @@ class PhaseLoop:
             feed.close()
             job.terminal.end()
 
-    def _save(self, files: dict[str, str], wait: bool) -> None:
+    def _take_best(self) -> tuple[dict[str, str], Callable[[], None]]:
+        """If this step's validation is the best so far, note it. Returns the files that belong to it, and a way back:
+        a best whose checkpoint can't be written is none, for its weights are lost."""
+        state, judged = self.state, self._judged
+        before = state.best_score, state.best_step, state.best_metrics
+
+        def back() -> None:
+            state.best_score, state.best_step, state.best_metrics = before
+
+        if judged is None or judged.step != state.step:
+            return {}, back
+        if state.best_score is not None and judged.score <= state.best_score:
+            return {}, back
+        state.best_score, state.best_step, state.best_metrics = judged.score, judged.step, judged.metrics
+        return judged.files, back
+
+    def _save(self, wait: bool) -> None:
         """Begin a checkpoint, which is written behind the loop, or `wait` for all of it.
 
         Raises:
@@ -259,6 +285,7 @@ class PhaseLoop:
         self.state.finished = self.state.phase_step == self.length.total and not self.state.validation_due
         self.state.pending = self.losses.rows()
         self.state.engine = self.engine.extra_state()
+        files, back = self._take_best()
         problem = None
         try:
             self.state.positions = {name: file.position() for name, file in self.files.items()}
@@ -266,13 +293,13 @@ class PhaseLoop:
             problem = str(error)
         state = self.state.state_dict() | {"topology": self.topology.label, "config": self.config.identity()}
         state["shapes"] = {name: list(shape) for name, shape in self.layout.shapes.items()}
-        content = Content(checkpoint_name(self.phase.name, self.state.step), state, files, self._sync)
+        content = Content(checkpoint_name(self.phase.name, self.state.step), state, files, self._sync, back)
         buffers = self.layout.held_buffers(self.engine.model) if self.topology.is_main else {}
         problem = self.saver.begin(content, self.engine.pieces(), buffers, wait, problem)
         if wait:
             problem = problem or self.saver.finish()
             if problem is not None:
-                raise UserError(f"checkpoint {content.name} can't be written: {problem}; {self._kept()}", shared=True)
+                raise UserError(f"{problem}; {self._kept()}", shared=True)
 
     def _sync(self) -> None:
         for file in self.files.values():
@@ -281,8 +308,8 @@ class PhaseLoop:
     def _kept(self) -> str:
         newest = self.saver.newest
         if newest is None:
-            return "there is none before it, so the same command begins anew once there is room"
-        return f"once there is room, the same command goes on from {newest.path.name}"
+            return "there is none before it, so the same command begins anew"
+        return f"the same command goes on from {newest.path.name}"
 
     def _stop(self) -> None:
         """Make sure that this very step is in a checkpoint, and leave."""
@@ -290,7 +317,7 @@ class PhaseLoop:
         newest = self.saver.newest
         here = newest is not None and newest.state["phase"] == self.phase.name
         if self.state.step != (newest.state["step"] if newest is not None and here else self.begun_at):
-            self._save({}, wait=True)
+            self._save(wait=True)
         reasons = [reason for reason in self.control.to_all(self.job.stop.reason) if reason]
         raise Stopped(reasons[0] if reasons else "asked to stop")
 

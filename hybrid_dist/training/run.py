@@ -35,7 +35,16 @@ from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import Status, Terminal
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
-from hybrid_dist.training.publish import checkpoint_name, describe_model, find_best, publish_best, publish_model
+from hybrid_dist.training.publish import (
+    best_is_there,
+    best_step,
+    checkpoint_name,
+    checkpoint_phase,
+    describe_model,
+    find_best,
+    publish_best,
+    publish_model,
+)  # fmt: skip
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
@@ -105,19 +114,21 @@ def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> in
         return _go(job, only, fresh)
     finally:
         job.watch.close()
-        job.lock.release()
+        if not job.saver.busy():  # a save that an error has left behind keeps the lock until the process ends
+            job.lock.release()
 
 
 def _go(job: Job, only: str | None, fresh: bool) -> int:
     topology, terminal = job.topology, job.terminal
-    resumes = _agree(topology, lambda: check_folder(job.config, only, fresh))
-    _agree(topology, lambda: _lock(job))
+    resumes = _decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job) if resumes else None
+    job.saver.newest = found
     state = _agree(topology, lambda: _position(job, found, only, fresh))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
-    _agree(topology, lambda: _claim_folder(job, fresh, found))
+    _decide(topology, lambda: _claim_folder(job, fresh, found))
     _report_unseen(job)
+    _forget_lost_best(job, state)
     job.watch.start()
     try:
         _train(job, state, found, only, initial)
@@ -178,9 +189,9 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
     def settle(found: Found, tick: Callable[[], None]) -> None:
         """After a commit: the best comes out, and what is no longer needed goes."""
         publish_best(config.folder, found, tick)
-        phase, best = found.state["phase"], found.state["best_step"]
-        spare = [checkpoint_name(phase, best)] if phase in carried and best is not None else []
-        store.prune(found.path, spare)
+        # As long as a checkpoint may have to be gone back to from which the next phase would begin once more.
+        phases = {checkpoint_phase(name) for name in store.kept(found.path)} & carried
+        store.prune(found.path, [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases])
 
     return Saver(store, topology.control, terminal.say, watch.beat, settle)
 
@@ -210,6 +221,20 @@ def _agree(topology: Topology, check: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def _decide(topology: Topology, check: Callable[[], T]) -> T:
+    """Run `check` on rank 0 alone, for all: what others see of a shared disk may be old. Its error is theirs too."""
+    result, message = None, None
+    if topology.is_main:
+        try:
+            result = check()
+        except UserError as error:
+            message = str(error)
+    result, message = topology.control.from_main((result, message))
+    if message is not None:
+        raise UserError(message, shared=True)
+    return cast(T, result)
+
+
 def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
     """Whether the run's folder holds this very run already.
 
@@ -220,7 +245,7 @@ def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
     if only is not None and only not in names:
         raise UserError(f"--phase {only}: this config has the phases {', '.join(names)}")
     folder = config.folder
-    if fresh or not folder.exists() or not any(folder.iterdir()):
+    if fresh or not _is_used(folder):
         return False
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run's folder (it has no config.yaml); another run.name would do")
@@ -244,11 +269,24 @@ def _data_sums(job: Job) -> dict[str, str]:
     return sums
 
 
-def _lock(job: Job) -> None:
-    """Keep other jobs off a folder that is there already; a new one is locked once it is made."""
-    if job.topology.is_main and job.folder.is_dir():
+def _is_used(folder: Path) -> bool:
+    """Whether there is a run in it, or anything else but what a start that was cut off at once has left."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def _open_folder(job: Job, only: str | None, fresh: bool) -> bool:
+    """Rank 0: keep other jobs off a folder that is there already, and see whether it holds this very run.
+
+    What a save that was cut off has left is put in order first: it may be the newest checkpoint.
+    """
+    resumes = check_folder(job.config, only, fresh)
+    if job.folder.is_dir():
         with _disk(job.folder):
             job.lock.take()
+            resumes = check_folder(job.config, only, fresh)  # another job may have been here until just now
+            if resumes:
+                job.store.sweep()
+    return resumes
 
 
 def _newest(job: Job) -> Found | None:
@@ -262,24 +300,25 @@ def _newest(job: Job) -> Found | None:
 def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:
     """Make the run's folder, with its config; under `--fresh` an old one keeps everything under another name.
 
-    In a folder that goes on, what an earlier start was cut off in is finished or cleared away.
+    In a folder that goes on, a best that an earlier start was cut off in comes out.
     """
-    if not job.topology.is_main:
-        return
     folder = job.folder
     with _disk(folder):
-        if fresh and folder.exists():
+        if fresh and job.lock.held and _is_used(folder):
             _keep_old(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        job.lock.take()
+        if not job.lock.held:
+            folder.mkdir(parents=True, exist_ok=True)
+            job.lock.take()
+            if _is_used(folder):
+                raise UserError(f"another job has begun a run in {folder} just now; start again to go on with that one")
         write_atomic(folder / "config.yaml", job.config.to_yaml())
         job.stop.clear_stale()
-        job.store.sweep()
         if found is not None:
-            publish_best(job.folder, found)
+            publish_best(job.folder, found, verify=True)
 
 
 def _keep_old(job: Job) -> None:
+    """Rename the folder, which is locked here."""
     folder = job.folder
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = (f"{folder.name}.{stamp}{more}" for more in ("", *(f"-{count}" for count in range(2, 100))))
@@ -295,7 +334,7 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder} can't be written: {error.strerror}") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
 
 
 def _report_unseen(job: Job) -> None:
@@ -303,6 +342,15 @@ def _report_unseen(job: Job) -> None:
         job.terminal.say(f"warning: validation: {line}")
     for line in describe_unseen(untrained(job.train_table, job.val_table, job.class_maps)):
         job.terminal.say(f"warning: validation: {line}")
+
+
+def _forget_lost_best(job: Job, state: TrainState) -> None:
+    """After going back behind damaged checkpoints the best may be one that has been pruned since, and overwritten."""
+    facts = {"phase": state.phase, "best_step": state.best_step}
+    if state.finished or _decide(job.topology, lambda: best_is_there(job.folder, facts)):
+        return
+    job.terminal.say(f"warning: the best so far, of step {state.best_step}, is gone; it will be one from here on")
+    state.best_score, state.best_step, state.best_metrics = None, None, {}
 
 
 def _position(job: Job, found: Found | None, only: str | None, fresh: bool) -> TrainState:
@@ -352,7 +400,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     if model is None:
         assert found is not None
         model = job.build(load=False)
-        model.load_state_dict(_agree(job.topology, lambda: _weights(job, phase, found, Layout.of(model))))
+        model.load_state_dict(_weights(job, phase, found, Layout.of(model)))
     model.set_trainable(phase.trainable)
     job.status("running", state.phase, state.step, job.topology.label)
     _announce(job, phase, state, model)
@@ -376,7 +424,7 @@ def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
         return found.reader().weights(layout.shapes)
-    return load_file(find_best(job.folder, before))
+    return load_file(_decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
 def _carried(job: Job, phase: PhaseConfig, found: Found | None) -> PieceReader | None:
@@ -405,6 +453,11 @@ def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) ->
     )
 
 
+def _publish(job: Job, state: TrainState) -> None:
+    with _disk(job.folder):
+        publish_model(job.folder, state.phase, state.best_step, describe_model(job.config, job.class_maps))
+
+
 def _finish(job: Job, state: TrainState) -> None:
     """Say what is left; after the last phase, make `model/`."""
     names = [phase.name for phase in job.config.phases]
@@ -414,9 +467,7 @@ def _finish(job: Job, state: TrainState) -> None:
         reason += f", {' and '.join(left)} left"
     else:
         reason = "all phases are finished"
-        if job.topology.is_main:
-            with _disk(job.folder):
-                publish_model(job.folder, state.phase, describe_model(job.config, job.class_maps))
+        _decide(job.topology, lambda: _publish(job, state))
     if state.finished:
         job.status("finished", state.phase, state.step, reason)
     job.terminal.say(f"{reason}: {job.folder}")

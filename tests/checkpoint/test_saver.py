@@ -63,6 +63,32 @@ def test_what_is_spared_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a-10", "a-8"]
 
 
+def test_a_damaged_one_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    """Catches: the last good checkpoint pruned in favour of one that is known to be bad."""
+    saver, said = make_saver(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        save(saver, step)
+    (tmp_path / "checkpoints/a-3/state.json").unlink()
+    found = saver.store.newest(lambda found: None, said.append)
+    assert found is not None and found.path.name == "a-2"
+    save(saver, 4)
+    assert names(tmp_path) == ["a-1", "a-2", "a-4"]
+
+
+def test_a_listing_while_the_run_goes_on(tmp_path: Path) -> None:
+    """Catches: a stack trace, or a false alarm, for a checkpoint that is pruned while it is looked at; several bests."""
+    saver, _ = make_saver(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        save(saver, step)
+
+    def prune_meanwhile(name: str) -> None:
+        if name == "a-1":
+            (tmp_path / "checkpoints/a-1").rename(tmp_path / "checkpoints/.a-1.doomed")
+
+    rows = saver.store.survey(lambda found: None, prune_meanwhile)
+    assert [(row["name"], row["problem"]) for row in rows] == [("a-3", None), ("a-2", None)]
+
+
 def test_the_loop_goes_on_while_it_is_written(tmp_path: Path) -> None:
     """Catches: a save that waits for the disk, or one that writes what the loop has changed since."""
     saver, _ = make_saver(tmp_path)

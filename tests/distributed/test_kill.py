@@ -127,7 +127,9 @@ def expect_tidy(run: Path) -> None:
 @pytest.mark.parametrize("config_file", STAGES)
 def test_killed_at_random_moments(config_file: str, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: anything that a SIGKILL leaves half done and the next start takes for whole, loses, or does twice."""
-    print(campaign(tiny_data, tmp_path, config_file, rounds=1, seed=int(os.environ.get("KILL_SEED", "0"))))
+    hit = campaign(tiny_data, tmp_path, config_file, rounds=1, seed=int(os.environ.get("KILL_SEED", "0")))
+    print(dict(hit))
+    assert hit["ended"] <= 1, "nearly all of them have to meet a run"
 
 
 @pytest.mark.slow

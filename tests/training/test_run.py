@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from hybrid_dist.checkpoint import Found
+from hybrid_dist.checkpoint import Found, Store
 from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
+from tests.distributed.running import expect_same_run
 
 PHASES = [
     {"name": "a", "trainable": ["heads", "fusion"], "steps": 3, "lr": 1e-3},
@@ -69,16 +71,6 @@ def status(run: Path) -> dict[str, Any]:
     return found
 
 
-def expect_same(run: Path, whole: Path) -> None:
-    for name in ("phase_a/best", "phase_b/best", "phase_c/best", "model/model"):
-        want, have = load_file(whole / f"{name}.safetensors"), load_file(run / f"{name}.safetensors")
-        assert all(torch.equal(want[key], have[key]) for key in want), name
-        want_facts, have_facts = (json.loads((where / f"{name}.json").read_text()) for where in (whole, run))
-        assert have_facts["step"] == want_facts["step"], name
-    assert (run / "trace.jsonl").read_text() == (whole / "trace.jsonl").read_text()
-    assert (run / "phase_c/predictions_val.csv").read_text() == (whole / "phase_c/predictions_val.csv").read_text()
-
-
 def test_phases_as_jobs_and_stops_equal_one_run(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
     """Catches: a phase that begins otherwise in a job of its own; a stop that loses or repeats a step, or its code."""
     assert call(config, f"run.dir={config.parent / 'whole'}") == 0
@@ -118,7 +110,7 @@ def test_phases_as_jobs_and_stops_equal_one_run(call: Callable[..., int], config
     assert status(run)["state"] == "stopped", "a job with nothing to do says nothing new of the run"
     assert call(config) == 0
     assert call(config) == 0, "a finished run says so"
-    expect_same(run, whole)
+    expect_same_run(run, whole)
 
 
 def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
@@ -129,17 +121,17 @@ def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, 
     bests = {name: json.loads((whole / f"phase_{name}/best.json").read_text())["step"] for name in "abc"}
     publish = run_module.publish_best
 
-    def cut_off(where: Path, newest: Found, *tick: Any) -> None:
+    def cut_off(where: Path, newest: Found, *tick: Any, **more: Any) -> None:
         if newest.path.name in {f"{name}-{step}" for name, step in bests.items()} and newest.path.name not in seen:
             seen.add(newest.path.name)
             raise KeyboardInterrupt
-        publish(where, newest, *tick)
+        publish(where, newest, *tick, **more)
 
     seen: set[str] = set()
     monkeypatch.setattr(run_module, "publish_best", cut_off)
     codes = [call(config) for _ in range(4)]
     assert codes == [130, 130, 130, 0]
-    expect_same(run, whole)
+    expect_same_run(run, whole)
 
 
 def test_what_is_left_when_nothing_valid_is(call: Callable[..., int], config: Path, capsys: Any) -> None:
@@ -234,17 +226,11 @@ def test_a_stop_in_a_validation(call: Callable[..., int], config: Path, monkeypa
         steps.append((status(run)["step"], json.loads(newest_state(run).read_text())["validation_due"]))
     assert steps == [(3, True)] * 4, "no step is made while the validation is due"
     assert call(config) == 0
-    expect_same(run, whole)
-    assert without_times(run) == without_times(whole)
+    expect_same_run(run, whole)
 
 
 def newest_state(run: Path) -> Path:
     return max(run.glob("checkpoints/*/state.json"), key=lambda path: int(path.parent.name.rpartition("-")[2]))
-
-
-def without_times(run: Path) -> list[dict[str, Any]]:
-    lines = read_lines(run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "time" and "perf/" not in key} for line in lines]
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -334,7 +320,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def stopped(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A whole run, and one that was left with a best as its newest checkpoint, in the middle of phase b."""
     base = tmp_path_factory.mktemp("stopped")
-    values = tiny_values(tiny_data, base) | {"phases": PHASES}
+    values = tiny_values(tiny_data, base) | {"phases": [dict(phase) for phase in PHASES]}
     values["phases"][1]["steps"] = 9
     values["checkpoint"] = {"every_steps": 1, "keep": 50}
     YAML().dump(values, base / "config.yaml")
@@ -372,17 +358,161 @@ def test_damage_is_named_and_the_one_before_is_used(
     assert said.count("is skipped") == 1
     assert f"from step {step - 1 - 3}" in said, "phase b's own count begins after the three steps of phase a"
     assert not (tmp_path / "ran").exists()
-    expect_same(run, whole)
-    assert without_times(run) == without_times(whole)
+    expect_same_run(run, whole)
 
 
-def test_a_best_that_is_not_what_was_written(call: Callable[..., int], config: Path, capsys: Any) -> None:
-    """Catches: the next phase begun from a damaged file."""
-    assert call(config, "--phase", "a") == 0
-    best = folder(config) / "phase_a" / "best.safetensors"
-    flip(best)
-    assert call(config) == 2
-    assert f"{best} is not what best.json beside it says" in capsys.readouterr().err
+@pytest.fixture
+def long(tiny_config: Callable[..., Path]) -> Path:
+    """A first phase of five validations, the best of which is not the last one; only few checkpoints stay."""
+    phases = [
+        {"name": "a", "trainable": ["all"], "steps": 20, "lr": 1e-2},
+        {"name": "b", "trainable": ["all"], "steps": 3, "lr": 1e-2, "carry_optimizer": True},
+    ]
+    return tiny_config(phases=phases, checkpoint={"every_steps": 1, "keep": 2})
+
+
+@pytest.fixture
+def whole(long: Path, call: Callable[..., int]) -> Path:
+    """The run of `long` without any trouble."""
+    assert call(long, f"run.dir={long.parent / 'whole'}") == 0
+    assert best_of(folder(long, "whole")) == 8, "what these tests stand on"
+    return folder(long, "whole")
+
+
+def best_of(run: Path) -> int:
+    step: int = json.loads((run / "phase_a/best.json").read_text())["step"]
+    return step
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_best_that_is_not_what_was_written(
+    damage: Callable[[Path], Any], call: Callable[..., int], long: Path, whole: Path, capsys: Any
+) -> None:
+    """Catches: the next phase, or the final model, made of a damaged file; a dead end where its checkpoint is there."""
+    run, weights = folder(long), "phase_a/best.safetensors"
+    assert call(long, "--phase", "a") == 0
+    damage(run / weights)
+    assert call(long, "--phase", "b") == 0, "made again from its checkpoint, which the next phase keeps"
+    expect_same_run(run, whole)
+
+    shutil.rmtree(run / "model")
+    newest = newest_state(run)
+    best = run / "phase_b" / "best.safetensors"
+    damage(best)
+    assert call(long) == 0
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+    shutil.rmtree(run / "model")
+    damage(best)
+    edit_json(newest, best_step=21)  # of a checkpoint that is not there any more
+    shutil.rmtree(run / "checkpoints/b-21", ignore_errors=True)
+    resum(newest.parent)
+    capsys.readouterr()
+    assert call(long) == 2
+    assert f"train.py: {best}: " in capsys.readouterr().err
+    assert not (run / "model").exists()
+
+
+def failing_once(monkeypatch: Any, name: str, then: Callable[[], Any] = lambda: None) -> None:
+    """The disk refuses to commit that checkpoint the first time."""
+    commit, done = Store.commit, []
+
+    def refuse(store: Store, partial: Path, name_of_it: str, *rest: Any) -> Path:
+        if name_of_it == name and not done:
+            done.append(True)
+            then()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return commit(store, partial, name_of_it, *rest)
+
+    monkeypatch.setattr(Store, "commit", refuse)
+
+
+def test_a_best_that_can_not_be_saved(call: Callable[..., int], long: Path, whole: Path, monkeypatch: Any) -> None:
+    """Catches: a best whose weights are nowhere, which later ones are measured by and the next phase looks for."""
+    run = folder(long)
+    failing_once(monkeypatch, "a-8")
+    assert call(long) == 0
+    assert best_of(run) == 4, "the best of those that there are"
+    shutil.rmtree(run)
+
+    failing_once(monkeypatch, "a-4")
+    assert call(long) == 0
+    expect_same_run(run, whole)
+
+
+def test_a_best_that_can_not_be_saved_at_first(
+    call: Callable[..., int], long: Path, whole: Path, monkeypatch: Any
+) -> None:
+    """Catches: a stop at the very step that saves again, but without what belongs to a best."""
+    run, begin = folder(long), Store.begin
+
+    def ask_to_stop(store: Store, name: str) -> Path:
+        if name == "a-8":
+            (run / "STOP").touch()
+        return begin(store, name)
+
+    monkeypatch.setattr(Store, "begin", ask_to_stop)
+    failing_once(monkeypatch, "a-8")
+    assert call(long) == 75
+    monkeypatch.setattr(Store, "begin", begin)
+    assert newest_state(run).parent.name == "a-8"
+    assert call(long) == 0
+    expect_same_run(run, whole)
+
+
+def test_cut_off_between_two_renames(call: Callable[..., int], long: Path, whole: Path, monkeypatch: Any) -> None:
+    """Catches: the newest checkpoint, put aside for its better at the moment of the cut, looked for too late."""
+    run = folder(long)
+    failing_once(monkeypatch, "a-10", lambda: (run / "STOP").touch())
+    assert call(long, "checkpoint.keep=1") == 75
+    newest = newest_state(run).parent
+    newest.rename(newest.with_name(f".{newest.name}.old"))
+    assert call(long, "checkpoint.keep=1") == 0
+    expect_same_run(run, whole)
+
+
+def test_the_optimizer_of_the_best_stays_to_go_back_to(
+    call: Callable[..., int], long: Path, whole: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Catches: the state that a phase begins with pruned while that phase may yet have to begin once more."""
+    run = folder(long)
+    failing_once(monkeypatch, "b-21", lambda: (run / "STOP").touch())
+    assert call(long) == 75
+    for checkpoint in (run / "checkpoints").glob("b-*"):
+        flip(next(checkpoint.glob("shard-*")))
+    capsys.readouterr()
+    assert call(long) == 0
+    said = capsys.readouterr().err
+    assert "is skipped" in said
+    assert "without the optimizer" not in said
+    expect_same_run(run, whole)
+
+
+def test_a_start_that_was_cut_off_at_once(call: Callable[..., int], config: Path) -> None:
+    """Catches: a folder that is no run's for ever, because its config never came to be."""
+    folder(config).mkdir(parents=True)
+    (folder(config) / ".lock").write_text("{}")
+    (folder(config) / ".config.yaml.partial").write_text("run:")
+    assert call(config) == 0
+    assert not list(folder(config).parent.glob("tiny.*"))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--fresh",)])
+def test_a_folder_that_another_job_has_made_meanwhile(
+    arguments: tuple[str, ...], call: Callable[..., int], config: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Catches: a run that begins in, or renames, the folder of one that has begun while this one was starting."""
+    first_model = run_module._first_model
+
+    def slowly(job: Any) -> Any:
+        folder(config).mkdir(parents=True)
+        (folder(config) / "config.yaml").write_text("another's")
+        return first_model(job)
+
+    monkeypatch.setattr(run_module, "_first_model", slowly)
+    assert call(config, *arguments) == 2
+    assert "another job has begun a run" in capsys.readouterr().err
+    assert (folder(config) / "config.yaml").read_text() == "another's"
 
 
 def test_two_at_once(call: Callable[..., int], config: Path, capsys: Any) -> None:
@@ -426,8 +556,8 @@ def test_a_disk_that_is_full_for_a_while(
     assert call(config, *arguments) == 2
     said = capsys.readouterr().err
     # Whatever becomes of the save that was under way: one that fails leaves less room than the next one needs.
-    assert "warning: checkpoint b-5 could not be written" in said
-    assert "checkpoint b-7 could not" not in said
+    assert "warning: checkpoint b-5 can't be written: " in said
+    assert "checkpoint b-7 can't" not in said
     assert "train.py: checkpoint c-12 can't be written: " in said
     assert "No space left" in said
     assert steps == 12
@@ -435,7 +565,7 @@ def test_a_disk_that_is_full_for_a_while(
     (small_disk / "filler").unlink()
     assert call(config, *arguments) == 0
     assert steps in (13, 14), "it went on from the step before, or the one before that, whose save was still under way"
-    expect_same(run, folder(config, "whole"))
+    expect_same_run(run, folder(config, "whole"))
 
 
 def moments(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
