@@ -76,7 +76,7 @@ def test_a_damaged_one_takes_no_whole_ones_place(tmp_path: Path) -> None:
 
 
 def test_a_listing_while_the_run_goes_on(tmp_path: Path) -> None:
-    """Catches: a stack trace, or a false alarm, for a checkpoint that is pruned while it is looked at; several bests."""
+    """Catches: a stack trace, or a false alarm, for a checkpoint that is pruned while it is looked at."""
     saver, _ = make_saver(tmp_path, keep=3)
     for step in (1, 2, 3):
         save(saver, step)

@@ -109,6 +109,7 @@ def writers(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         values["train"]["micro_batch_size"] = 4
         values["phases"] = values["phases"][:2]
         values["phases"][0]["steps"], values["phases"][1]["steps"] = 3, 12
+        values["phases"][1]["carry_optimizer"] = True
         YAML().dump(values, folder / "config.yaml")
         run_all(topology, [folder / "config.yaml"])
         runs[topology] = folder / "runs" / "tiny"
@@ -135,7 +136,12 @@ def test_every_topology_reads_every_other(reader: str, writers: dict[str, Path],
     configs = {
         writer: left_at(whole, tmp_path / str(index), READ_AT) for index, (writer, whole) in enumerate(writers.items())
     }
-    run_all(reader, list(configs.values()))
+    # And from a phase's end, with the optimizer's state carried over into the next.
+    other = "one" if reader != "one" else "ZeRO 3 x4"
+    over = left_at(writers[other], tmp_path / "over", 3)
+    run_all(reader, [*configs.values(), over])
+    want, have = (read_lines(folder / "trace.jsonl") for folder in (writers[other], over.parent / "tiny"))
+    assert [line["loss"] for line in have[:8]] == pytest.approx([line["loss"] for line in want[:8]], rel=1e-6)
     for writer, config in configs.items():
         run, whole = config.parent / "tiny", writers[writer]
         want, have = (read_lines(folder / "trace.jsonl") for folder in (whole, run))
