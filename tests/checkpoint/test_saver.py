@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hybrid_dist.checkpoint import Content, Found, PieceReader, RunLock, Saver, Store
+from hybrid_dist.checkpoint.host import HostCopy
 from hybrid_dist.distributed import Control, Piece
 from hybrid_dist.errors import UserError
 from tests.conftest import fill
@@ -218,3 +219,17 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     RunLock(tmp_path, said.append).take()
     assert "can't be locked" in said[0]
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_copy_out_of_a_gpu() -> None:
+    """Catches: host memory that is not page-locked, or not given back; values that are still on their way."""
+    copy = HostCopy()
+    for count in (1000, 5_000_000, 10):
+        weight = torch.rand(count, device="cuda")
+        (held,) = copy([Piece("w", 0, {"weight": weight}, None)])
+        want = weight.cpu()
+        weight.zero_()
+        assert torch.equal(held.values["weight"], want)
+        assert held.values["weight"].is_pinned()
