@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import ends_with_its_launcher
+from hybrid_dist.training.stop import Stop
 
 if TYPE_CHECKING:
     from hybrid_dist.config import Config
+
+CRASHED = 1
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -28,6 +33,15 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
 
 
 def main() -> int:
+    stop = Stop()
+    stop.listen()
+    try:
+        return _train(stop)
+    finally:
+        stop.close()
+
+
+def _train(stop: Stop) -> int:
     topology = None
     try:
         with ends_with_its_launcher():
@@ -35,19 +49,28 @@ def main() -> int:
             from hybrid_dist.distributed import leave, start
             from hybrid_dist.training.run import run
 
-            topology = start(config.train.precision)
-        try:
-            return run(config, topology, arguments.phase, arguments.fresh)
-        finally:
-            leave()
+            topology = start(config.train.precision, config.train.stall_timeout)
+        code = run(config, topology, stop, arguments.phase, arguments.fresh)
+        leave()
+        return code
     except UserError as error:
         # What every rank runs into, rank 0 says; what one has met alone in training, it says itself.
         if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):
             print(f"train.py: {error}", file=sys.stderr)
+        if topology is not None and error.shared:
+            leave()
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except Exception:
+        # Said here and not by Python: nobody may wait for what this process still holds of a collective.
+        traceback.print_exc()
+        return CRASHED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Threads may be in a library's code still, at a picture or a disk that does not answer. Python's own end would wait
+    # for some of them, and pull the ground from under others, which abort the process: a stop must end with its code.
+    os._exit(code)

@@ -51,7 +51,7 @@ def checkpoints(arguments: argparse.Namespace) -> int:
     if not config_file.is_file():
         raise UserError(f"{arguments.run_folder} is not a run's folder (it has no config.yaml)")
     config = load_config(config_file)
-    store = Store(arguments.run_folder / "checkpoints", config.checkpoint.keep)
+    store = Store(arguments.run_folder / "checkpoints", config.checkpoint.keep, [phase.name for phase in config.phases])
     with Console(stderr=True).status("") as status:
         rows = store.survey(
             lambda found: check_own(config, found), lambda name: status.update(f"checking the sums of {name}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,6 @@ import pytest
 import train
 from hybrid_dist import cli
 from tests.conftest import launch, write_split
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    """A run takes signals over; the test process wants its own back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -176,17 +165,21 @@ def test_folders_of_others(call: Callable[..., tuple[int, str]], tiny_config: Ca
     assert sorted(path.name for path in kept[0].rglob("*")) == before
 
 
-def test_more_processes_than_samples(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Catches: a rank without a sample, and a message that every rank repeats."""
+@pytest.mark.parametrize(("samples", "words"), [(1, "2 processes"), (4, "line 4: '0002.png'")])
+def test_on_two_processes(samples: int, words: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Catches: a rank without a sample; what rank 0 alone looks at, and the others waiting for it."""
     data = tmp_path / "data"
-    write_split(data, "train", 1, seed=1, blank=0.0)
+    write_split(data, "train", samples, seed=1, blank=0.0)
     write_split(data, "val", 4, seed=2, blank=0.0)
-    paths = {"train_csv": str(data / "train.csv"), "train_images": str(data / "train")}
-    done = launch("--config", str(tiny_config(data=paths)), config_file="ddp", check=False)
+    (data / "val" / "0002.png").unlink()
+    paths = {f"{split}_{kind}": str(data / split) + (".csv" if kind == "csv" else "")
+             for split in ("train", "val") for kind in ("csv", "images")}  # fmt: skip
+    config = str(tiny_config(data=paths))
+    done = launch("--config", config, "train.micro_batch_size=4", config_file="ddp", check=False, timeout=120)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1, done.stderr[-3000:]
-    assert "2 processes" in said[0]
+    assert words in said[0], said
     assert not (tmp_path / "runs").exists()
 
 

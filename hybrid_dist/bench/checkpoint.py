@@ -87,7 +87,7 @@ def measure(config: Config, topology: Topology, repeats: int, folder: Path) -> d
     groups = param_groups(model, config.train.weight_decay)
     engine = make_engine(topology, model, groups, config.train, 1)
     _one_step(engine, topology, config, make_tasks(config.tasks, classes))
-    store = Store(folder / "ours", 1)
+    store = Store(folder / "ours", 1, ["bench"])
     saver = Saver(store, topology.control, print, lambda: None, lambda found, tick: store.prune(found.path))
     ours, theirs, totals = [], [], []
     for index in range(repeats):
@@ -172,7 +172,7 @@ def main() -> int:
     # One small step is enough for the optimizer to have its state.
     topology = None
     config = load_config(arguments.config, arguments.overrides)
-    topology = start(config.train.precision)
+    topology = start(config.train.precision, config.train.stall_timeout)
     small = ["train.micro_batch_size=1", f"train.global_batch_size={topology.world_size}"]
     config = load_config(arguments.config, [*arguments.overrides, *small])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -46,7 +47,14 @@ class HostCopy:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory = torch.empty(0)  # the old one goes before the new one comes
         self._memory, self._for_gpu = torch.empty(total), lock
-        # Where the system refuses to lock so much, copies are slower and as right.
-        self._locked = (
-            lock and int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)) == 0
-        )
+        self._locked = lock and _lock_pages(self._memory)
+
+
+def _lock_pages(memory: Tensor) -> bool:
+    """False where the system refuses to lock so much: copies are slower then and as right."""
+    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+        return True
+    # CUDA remembers its last error until somebody asks, and torch asks after its next kernel.
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False

@@ -42,6 +42,11 @@ class RunLock:
         """
         if self._handle is not None:
             return
+        while not self._lock():
+            pass
+
+    def _lock(self) -> bool:
+        """False if the folder was renamed meanwhile: what is locked then is not what stands there now."""
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,8 +59,12 @@ class RunLock:
                     " in that folder, or take another run.name"
                 ) from None
             self.warn(f"warning: {self.path} can't be locked ({error.strerror}): see that no other job uses this run")
+        if not _is_at(handle, self.path):
+            os.close(handle)
+            return False
         self._handle = handle
         self._sign()
+        return True
 
     def _sign(self) -> None:
         """Say who holds it, for those who are refused."""
@@ -74,6 +83,13 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _describe(holder: str) -> str:

@@ -46,9 +46,9 @@ class Found:
 class Store:
     """A run's `checkpoints/` folder."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, folder: Path, keep: int, phases: Collection[str]):
+        """`phases`: of the run; what is not called after one of them and a step is never pruned."""
+        self.folder, self.keep, self.phases = folder, keep, phases
         self._skipped: set[Path] = set()
 
     def begin(self, name: str) -> Path:
@@ -174,7 +174,8 @@ class Store:
 
     def _older(self, newest: Path) -> list[Path]:
         """Newest first; but what was found to be damaged takes no whole one's place."""
-        older = [path for path in self.candidates() if step_of(path) < step_of(newest)]
+        candidates = [path for path in self.candidates() if path.name.rpartition("-")[0] in self.phases]
+        older = [path for path in candidates if 0 <= step_of(path) < step_of(newest)]
         return sorted(older, key=lambda path: path in self._skipped)
 
     def _aside(self, final: Path) -> Path:

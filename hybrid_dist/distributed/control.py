@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +15,15 @@ T = TypeVar("T")
 class Control:
     """Collectives on plain values over gloo. With one process each returns its argument."""
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, rank: int, world_size: int, patience: timedelta | None = None):
+        """A collective fails after `patience`; None: after as long as gloo thinks right."""
         self.rank = rank
         self.world_size = world_size
         self.group: Any = None
         if world_size > 1:
             # Under NCCL a group of its own; under gloo the default group would do, but a separate one never
             # interleaves with an engine's collectives that run from another thread.
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=patience)
 
     def total(self, values: Sequence[int]) -> list[int]:
         """Sum each integer over the ranks."""

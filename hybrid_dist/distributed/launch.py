@@ -14,7 +14,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from hybrid_dist.distributed.control import Control
 from hybrid_dist.errors import UserError
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+LEAST_PATIENCE = timedelta(minutes=30)
+MOST_PATIENCE = timedelta(days=1)
+"""How long a collective waits for the other ranks: the watch, which says more, is to be quicker."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Topology:
         return self.rank == 0
 
 
-def start(precision: str) -> Topology:
+def start(precision: str, stall_timeout: float | None) -> Topology:
     """Join the other processes, if there are any, and choose the device.
 
     Args:
         precision: `fp32`, `bf16` or `fp16`, as in `train.precision`.
+        stall_timeout: Seconds, as in `train.stall_timeout`.
 
     Raises:
         UserError: the device can't do the precision.
@@ -47,7 +50,8 @@ def start(precision: str) -> Topology:
     has_cuda = torch.cuda.is_available() and not asked_for_cpu
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_precision(precision, has_cuda)
-    group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=RENDEZVOUS_TIMEOUT)
+    patience = _patience(stall_timeout)
+    group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=patience)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if _under_launcher():
         handlers.append(group)
@@ -72,8 +76,14 @@ def start(precision: str) -> Topology:
         device=accelerator.device,
         label=_label(accelerator),
         accelerator=accelerator,
-        control=Control(accelerator.process_index, accelerator.num_processes),
+        control=Control(accelerator.process_index, accelerator.num_processes, patience),
     )
+
+
+def _patience(stall_timeout: float | None) -> timedelta:
+    if stall_timeout is None:
+        return MOST_PATIENCE
+    return min(max(LEAST_PATIENCE, timedelta(seconds=2 * stall_timeout)), MOST_PATIENCE)
 
 
 def _under_launcher() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -77,8 +78,9 @@ class Status:
     """status.json: what became of the run. Calls of other processes than the main one do nothing."""
 
     def __init__(self, folder: Path, is_main: bool, warn: Callable[[str], None]):
-        self.folder, self.is_main, self.warn = folder, is_main, warn
+        self._path, self.is_main, self.warn = folder / "status.json", is_main, warn
         self._warned = False
+        self._begun = time.time()
 
     def __call__(self, state: str, phase: str | None, step: int, reason: str) -> None:
         """`state` is running, stopped, finished or failed."""
@@ -86,20 +88,25 @@ class Status:
             self._write(state, phase, step, reason)
 
     def failed(self, reason: str) -> None:
-        """The run has failed where it was last heard of; for whichever process can still write."""
-        try:
-            last = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            last = {}
+        """The run has failed where it was last heard of; for whichever process can still write.
+
+        The first reason stays: where one rank fails, the others fail for want of it.
+        """
+        last, written = {}, 0.0
+        with contextlib.suppress(OSError, ValueError):
+            last = json.loads(self._path.read_text(encoding="utf-8"))
+            written = self._path.stat().st_mtime
+        if last.get("state") == "failed" and written >= self._begun:
+            return
         self._write("failed", last.get("phase"), last.get("step", 0), reason)
 
     def _write(self, state: str, phase: str | None, step: int, reason: str) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         facts = {"state": state, "phase": phase, "step": step, "reason": reason, "time": now}
         try:
-            write_atomic(self.folder / "status.json", json.dumps(facts, indent=1) + "\n")
+            write_atomic(self._path, json.dumps(facts, indent=1) + "\n")
             self._warned = False
         except OSError as error:
             if not self._warned:
-                self.warn(f"warning: {self.folder / 'status.json'} can't be written ({error.strerror})")
+                self.warn(f"warning: {self._path} can't be written ({error.strerror})")
             self._warned = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -28,10 +29,10 @@ class AskedToStop(Exception):
 class Feed:
     """A loader's batches, fetched by a thread: the loop never waits for data in a place where it can't be reached."""
 
-    def __init__(self, batches: Iterable[Batch]):
-        """Starts the loader's processes, in the caller's thread."""
+    def __init__(self, batches: Iterable[Batch], ahead: int = 1):
+        """Starts the loader's processes, in the caller's thread; `ahead` batches wait ready for the next step."""
         self._iterator = iter(batches)
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = False
         self._ended = False
         threading.Thread(target=self._fetch, daemon=True, name="feed").start()
@@ -69,10 +70,9 @@ class Feed:
     def close(self) -> None:
         """No more is fetched than what is on its way."""
         self._closed = True
-        try:
-            self._ready.get_nowait()
-        except queue.Empty:
-            return
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
 
 
 class Together:
@@ -93,6 +93,7 @@ class Together:
         batches: list[Batch] = []
         ready, problem = False, None
         self.watch.beat("waiting for its data")
+        seen = 0
         while True:
             try:
                 if not ready:
@@ -101,13 +102,17 @@ class Together:
                         self.watch.beat("waiting for other ranks' data")
             except UserError as error:
                 problem = str(error)
-            own = [int(self.stop.requested()), int(problem is not None), int(not ready), *self.saver.facts()]
-            asked, problems, waiting, running, moves, *sums = self.control.total([*own, *facts(batches)])
+            own = [int(self.stop.requested()), int(problem is not None), int(not ready), len(batches)]
+            own += self.saver.facts()
+            asked, problems, waiting, taken, running, moves, *sums = self.control.total([*own, *facts(batches)])
             if problems:
                 raise UserError(next(text for text in self.control.to_all(problem) if text is not None), shared=True)
             if asked:
                 raise AskedToStop
             self.saver.proceed(running, moves)
+            if taken != seen:  # a large step's batches take long to come, and come
+                seen = taken
+                self.watch.beat()
             if not waiting:
                 return batches, sums
 

@@ -112,7 +112,7 @@ class PhaseLoop:
             UserError: a picture can't be used, the loss is no number, the last checkpoint can't be written.
         """
         train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
-        feed = Feed(train)
+        feed = Feed(train, ahead=self.job.accumulation)
         try:
             if self.state.validation_due:
                 self._validate()

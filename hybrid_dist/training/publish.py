@@ -73,12 +73,13 @@ def publish_best(run: Path, newest: Found, tick: Callable[[], None] = lambda: No
     sync(folder)  # before the checkpoint that it comes from may go
 
 
-def best_is_there(run: Path, state: Mapping[str, Any]) -> bool:
-    """Whether the best that a checkpoint's state speaks of is out, or its checkpoint is there to make it from."""
-    phase, step = state["phase"], state["best_step"]
-    if step is None or (run / "checkpoints" / checkpoint_name(phase, step)).is_dir():
-        return True
-    return best_step(run, phase) == step
+def best_is_there(run: Path, phase: str, step: int) -> bool:
+    """Whether a phase's best, which is of `step`, is out and what was written."""
+    try:
+        find_best(run, phase, step)
+    except UserError:
+        return False
+    return True
 
 
 def best_step(run: Path, phase: str) -> int | None:

@@ -46,11 +46,11 @@ from hybrid_dist.training.publish import (
     publish_model,
 )  # fmt: skip
 from hybrid_dist.training.state import TrainState, check_own
-from hybrid_dist.training.stop import Stop, Stopped
+from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
 from hybrid_dist.training.watch import Watch
 
-DONE, STOPPED = 0, 75
+DONE = 0
 T = TypeVar("T")
 
 
@@ -100,16 +100,19 @@ class Job:
         return make_loader(samples, order, workers, pin), make_loader(plain, val_order, workers, pin)
 
 
-def run(config: Config, topology: Topology, only: str | None, fresh: bool) -> int:
+def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
     """Train what is left of the run, or of its phase `only`. Returns the exit code.
+
+    Args:
+        stop: Listening.
 
     Raises:
         UserError: something is the user's to fix; if it is found before training begins, nothing has been written.
     """
-    terminal = Terminal(quiet=not topology.is_main)
-    stop = Stop(config.folder, topology.is_main)
-    stop.listen()
-    job = _agree(topology, lambda: prepare(config, topology, terminal, stop))
+    if topology.is_main:
+        stop.look_for(config.folder / "STOP")
+    job = _agree(topology, lambda: prepare(config, topology, stop))
+    _decide(topology, lambda: _check_pictures(job))
     try:
         return _go(job, only, fresh)
     finally:
@@ -127,10 +130,9 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
     _decide(topology, lambda: _claim_folder(job, fresh, found))
-    _report_unseen(job)
-    _forget_lost_best(job, state)
-    job.watch.start()
     try:
+        _report_unseen(job)
+        _forget_lost_best(job, state)
         _train(job, state, found, only, initial)
         _finish(job, state)
         return DONE
@@ -138,14 +140,25 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.status("stopped", state.phase, state.step, str(asked))
         job.stop.done()
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
-        return STOPPED
-    except BaseException as error:
-        job.status("failed", state.phase, state.step, f"{type(error).__name__}: {error}")
+        return EXIT_STOPPED
+    except UserError as error:
+        if error.shared:
+            job.status("failed", state.phase, state.step, str(error))
+        else:
+            job.status.failed(_at_rank(topology, str(error)))
+        raise
+    except Exception as error:
+        job.status.failed(_at_rank(topology, f"{type(error).__name__}: {error}"))
         raise
 
 
-def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) -> Job:
-    """Read and check everything that a run stands on, writing nothing."""
+def _at_rank(topology: Topology, reason: str) -> str:
+    return f"rank {topology.rank}: {reason}" if topology.world_size > 1 else reason
+
+
+def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
+    """Read and check everything that a run stands on but the pictures, writing nothing."""
+    terminal = Terminal(quiet=not topology.is_main)
     train = config.train
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
@@ -158,16 +171,15 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
             f"{data.train_csv}: {len(train_table)} samples can't be shared by {topology.world_size} processes;"
             f" {len(train_table)} processes or fewer would do"
         )
-    if topology.is_main:
-        check_pictures(train_table)
-        check_pictures(val_table)
     judged = [name for name, task in config.tasks.items() if task.share(name) > 0 and val_table.valid_counts()[name]]
     if not judged:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
-    store = Store(config.folder / "checkpoints", config.checkpoint.keep)
-    watch = _watch(config, topology, status)
+    phases = {phase.name for phase in config.phases}
+    store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
+    place = (topology.rank, topology.world_size)
+    watch = Watch(config.folder, place, config.train.stall_timeout, status.failed)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table,
@@ -176,10 +188,10 @@ def prepare(config: Config, topology: Topology, terminal: Terminal, stop: Stop) 
     )  # fmt: skip
 
 
-def _watch(config: Config, topology: Topology, status: Status) -> Watch:
-    place = (topology.rank, topology.world_size)
-    token = topology.control.from_main(f"{time.time_ns():x}")
-    return Watch(config.folder, place, config.train.stall_timeout, token, status.failed)
+def _check_pictures(job: Job) -> None:
+    """Those of both splits are there."""
+    check_pictures(job.train_table)
+    check_pictures(job.val_table)
 
 
 def _saver(config: Config, topology: Topology, store: Store, watch: Watch, terminal: Terminal) -> Saver:
@@ -209,7 +221,10 @@ def _first_model(job: Job) -> Hybrid:
 
 
 def _agree(topology: Topology, check: Callable[[], T]) -> T:
-    """Run `check` on every rank; if it fails on any, it fails on all, with the first rank's message."""
+    """Run `check` on every rank; if it fails on any, it fails on all, with the first rank's message.
+
+    No collective in `check`: a rank that fails before it leaves the others waiting there.
+    """
     result, message = None, None
     try:
         result = check()
@@ -312,7 +327,7 @@ def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:
             if _is_used(folder):
                 raise UserError(f"another job has begun a run in {folder} just now; start again to go on with that one")
         write_atomic(folder / "config.yaml", job.config.to_yaml())
-        job.stop.clear_stale()
+        job.stop.clear_stale(job.terminal.say)
         if found is not None:
             publish_best(job.folder, found, verify=True)
 
@@ -346,10 +361,10 @@ def _report_unseen(job: Job) -> None:
 
 def _forget_lost_best(job: Job, state: TrainState) -> None:
     """After going back behind damaged checkpoints the best may be one that has been pruned since, and overwritten."""
-    facts = {"phase": state.phase, "best_step": state.best_step}
-    if state.finished or _decide(job.topology, lambda: best_is_there(job.folder, facts)):
+    phase, step = state.phase, state.best_step
+    if state.finished or step is None or _decide(job.topology, lambda: best_is_there(job.folder, phase, step)):
         return
-    job.terminal.say(f"warning: the best so far, of step {state.best_step}, is gone; it will be one from here on")
+    job.terminal.say(f"warning: the best so far, of step {step}, is gone or damaged; it will be one from here on")
     state.best_score, state.best_step, state.best_metrics = None, None, {}
 
 
@@ -402,7 +417,6 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         model = job.build(load=False)
         model.load_state_dict(_weights(job, phase, found, Layout.of(model)))
     model.set_trainable(phase.trainable)
-    job.status("running", state.phase, state.step, job.topology.label)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
@@ -414,6 +428,10 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
+        # What comes before may take its time: kernels are compiled, a cluster's disk wakes up.
+        job.watch.start(job.topology.control)
+        job.stop.wait_for_the_loop()
+        job.status("running", state.phase, state.step, job.topology.label)
         return PhaseLoop(job, phase, state, engine, layout).run()
     finally:
         engine.close()

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hybrid_dist.distributed import Control
+
 EXIT_STUCK = 70
 """As sysexits.h has it for an internal error. A launcher makes 1 of it."""
 
@@ -26,27 +28,27 @@ class Watch:
     and the launcher ends it after them. Time in which the whole job was suspended does not count.
     """
 
-    def __init__(
-        self, run: Path, place: tuple[int, int], timeout: float | None, token: str, ended: Callable[[str], None]
-    ):
+    def __init__(self, run: Path, place: tuple[int, int], timeout: float | None, ended: Callable[[str], None]):
         """Nothing is watched yet.
 
         Args:
             place: Rank and number of ranks.
             timeout: Seconds; None never finds anything.
-            token: The same on all ranks, and another at each start: stacks of an earlier one may lie there.
             ended: Told the reason by one rank, before the process ends.
         """
         self.folder = run / "stacks"
         self.rank, self.world_size = place
-        self.timeout, self.token, self.ended = timeout, token, ended
+        self.timeout, self.ended = timeout, ended
+        self._token = ""
         self._beats = 0
         self._doing = "starting"
         self._closing = threading.Event()
 
-    def start(self) -> None:
-        """From now on the loop has to move."""
-        if self.timeout is not None:
+    def start(self, control: Control) -> None:
+        """From now on the loop has to move; all ranks together. Nothing happens if it was so before."""
+        if self.timeout is not None and not self._token:
+            # The same on all ranks, and another at each start: stacks of an earlier one may lie there.
+            self._token = control.from_main(f"{time.time_ns():x}")
             threading.Thread(target=self._look, args=(self.timeout,), daemon=True, name="watch").start()
 
     def beat(self, doing: str | None = None) -> None:
@@ -88,7 +90,7 @@ class Watch:
 
     def _write(self, timeout: float) -> None:
         self.folder.mkdir(exist_ok=True)
-        facts = {"rank": self.rank, "start": self.token, "host": socket.gethostname(), "pid": os.getpid()}
+        facts = {"rank": self.rank, "start": self._token, "host": socket.gethostname(), "pid": os.getpid()}
         facts |= {"beats": self._beats, "doing": self._doing, "seconds": round(timeout)}
         partial = self.folder / f".{self._file(self.rank).name}.partial"
         with partial.open("w", encoding="utf-8") as file:
@@ -111,7 +113,7 @@ class Watch:
         for rank in range(self.world_size):
             try:
                 facts = json.loads(self._file(rank).read_text(encoding="utf-8").partition("\n")[0])
-                if facts["start"] == self.token:
+                if facts["start"] == self._token:
                     found[rank] = facts
             except (OSError, ValueError, KeyError, TypeError):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from tests.conftest import fill
 
 def make_saver(folder: Path, keep: int = 3) -> tuple[Saver, list[str]]:
     said: list[str] = []
-    store = Store(folder / "checkpoints", keep)
+    store = Store(folder / "checkpoints", keep, "a")
     return Saver(store, Control(0, 1), said.append, lambda: None, lambda found, tick: store.prune(found.path)), said
 
 
@@ -74,6 +75,16 @@ def test_a_damaged_one_takes_no_whole_ones_place(tmp_path: Path) -> None:
     assert found is not None and found.path.name == "a-2"
     save(saver, 4)
     assert names(tmp_path) == ["a-1", "a-2", "a-4"]
+
+
+def test_only_own_ones_are_pruned(tmp_path: Path) -> None:
+    """Catches: a copy that somebody has put aside in there, deleted for its age."""
+    saver, _ = make_saver(tmp_path, keep=1)
+    save(saver, 1)
+    for name in ("a-1-good", "good-1", "a"):
+        shutil.copytree(tmp_path / "checkpoints/a-1", tmp_path / "checkpoints" / name)
+    save(saver, 2)
+    assert names(tmp_path) == ["a", "a-1-good", "a-2", "good-1"]
 
 
 def test_a_listing_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -173,7 +184,7 @@ def test_cut_off_between_two_renames(tmp_path: Path) -> None:
 
 def test_an_older_attempt_can_not_write_into_a_newer_one(tmp_path: Path) -> None:
     """Catches: two attempts at the same step that share a folder, one of them by a rank that outlived its run."""
-    store = Store(tmp_path / "checkpoints", 1)
+    store = Store(tmp_path / "checkpoints", 1, "a")
     first = store.begin("a-5")
     second = store.begin("a-5")
     assert first != second

@@ -178,7 +178,6 @@ def test_workers_outlive_signals_to_the_group_but_obey_their_parent(table):
     for _ in range(40):
         next(loader)
     assert all(worker.is_alive() for worker in workers)
-    loader.close()
     del loader
     deadline = time.monotonic() + 20
     while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:

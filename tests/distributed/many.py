@@ -7,13 +7,14 @@ import sys
 from hybrid_dist.config import load_config
 from hybrid_dist.distributed import leave, start
 from hybrid_dist.training.run import run
+from hybrid_dist.training.stop import Stop
 
 
 def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
-    topology = start(configs[0].train.precision)
+    topology = start(configs[0].train.precision, configs[0].train.stall_timeout)
     try:
-        return max(run(config, topology, None, False) for config in configs)
+        return max(run(config, topology, Stop(), None, False) for config in configs)
     finally:
         leave()
 

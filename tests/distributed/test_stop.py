@@ -106,6 +106,33 @@ def test_every_way_to_ask_loses_nothing(tiny_data: Path, tmp_path: Path) -> None
     expect_same_run(run, tmp_path / "whole" / "tiny")
 
 
+def test_the_code_of_a_stop_that_waits_for_pictures(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a crash at the very end, in a thread that is still at a picture: a script would not start it again."""
+    config, run = make_config(tiny_data, tmp_path, steps=40), tmp_path / "runs" / "tiny"
+    with Running(config, run, None, "data.workers=0") as training:
+        assert training.wait_for("a step", lambda: training.steps() > 2), training.tail()
+        give_back = block_pictures(tmp_path)
+        try:
+            time.sleep(1)
+            training.launcher.terminate()
+            assert training.end(SECONDS) == 75, training.tail()
+        finally:
+            give_back()
+        assert training.status()["state"] == "stopped"
+
+
+def test_a_rank_that_crashes_says_why(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a traceback that is never printed, for its rank waits for the others; a reason that is only what the
+    others then ran into."""
+    config, run = make_config(tiny_data, tmp_path, steps=40), tmp_path / "runs" / "tiny"
+    done = launch("--config", str(config), config_file="zero3", script="tests/distributed/crash.py", check=False)
+    assert done.returncode != 0
+    assert "RuntimeError: out of cheese" in done.stderr
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["phase"]) == ("failed", "a")
+    assert status["reason"] == "rank 1: RuntimeError: out of cheese"
+
+
 def stacks(run: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in (run / "stacks").glob("rank-*.txt")}
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from hybrid_dist.checkpoint import Found, Store
 from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
+from hybrid_dist.training import stop as stop_module
+from hybrid_dist.training.stop import Stop
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
 from tests.distributed.running import expect_same_run
 
@@ -35,20 +38,11 @@ PHASES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _keep_signals() -> Iterator[None]:
-    """A run takes signals over; the test process wants its own back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs train.py's main here."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(stop_module, "LOOK", 0.0)  # a run of twelve steps is over in a second
 
     def run(config: Path, *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
@@ -96,10 +90,15 @@ def test_phases_as_jobs_and_stops_equal_one_run(call: Callable[..., int], config
     assert (status(run)["phase"], status(run)["step"]) == ("b", 4)
     assert not (run / "STOP").exists()
 
+    heard = threading.Event()
+    hear = Stop._heard
+
     def send_signal(*arguments: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
+        assert heard.wait(60)
         return make_step(*arguments)
 
+    monkeypatch.setattr(Stop, "_heard", lambda stop, number: (hear(stop, number), heard.set()))
     monkeypatch.setattr(phase_module, "train_step", send_signal)
     assert call(config) == 75
     assert status(run)["step"] == 5
@@ -113,6 +112,10 @@ def test_phases_as_jobs_and_stops_equal_one_run(call: Callable[..., int], config
     expect_same_run(run, whole)
 
 
+class CutOff(BaseException):
+    """The process ends here, whatever stands around it."""
+
+
 def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
     """Catches: a kill between a phase's last checkpoint and its best.safetensors: the next phase would begin from an
     older best, or never."""
@@ -124,13 +127,15 @@ def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, 
     def cut_off(where: Path, newest: Found, *tick: Any, **more: Any) -> None:
         if newest.path.name in {f"{name}-{step}" for name, step in bests.items()} and newest.path.name not in seen:
             seen.add(newest.path.name)
-            raise KeyboardInterrupt
+            raise CutOff
         publish(where, newest, *tick, **more)
 
     seen: set[str] = set()
     monkeypatch.setattr(run_module, "publish_best", cut_off)
-    codes = [call(config) for _ in range(4)]
-    assert codes == [130, 130, 130, 0]
+    for _ in range(3):
+        with pytest.raises(CutOff):
+            call(config)
+    assert call(config) == 0
     expect_same_run(run, whole)
 
 
@@ -411,6 +416,38 @@ def test_a_best_that_is_not_what_was_written(
     assert call(long) == 2
     assert f"train.py: {best}: " in capsys.readouterr().err
     assert not (run / "model").exists()
+
+
+def stop_at(monkeypatch: Any, run: Path, phase_step: int) -> None:
+    """The next start is asked to stop after that step."""
+    make_step, made = phase_module.train_step, []
+
+    def ask(*arguments: Any) -> Any:
+        made.append(True)
+        if len(made) == phase_step:
+            (run / "STOP").touch()
+            monkeypatch.setattr(phase_module, "train_step", make_step)
+        return make_step(*arguments)
+
+    monkeypatch.setattr(phase_module, "train_step", ask)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda weights: (weights.parent / "best.json").unlink()])
+def test_a_best_that_is_lost(
+    damage: Callable[[Path], Any], call: Callable[..., int], long: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Catches: a best whose checkpoint is pruned and whose weights are damaged, which keeps every later one from being
+    the best, so that the phase ends with nothing to go on with."""
+    run = folder(long)
+    stop_at(monkeypatch, run, 14)
+    assert call(long, "phases.1.carry_optimizer=false") == 75
+    assert best_of(run) == 8
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["a-13", "a-14"]
+    damage(run / "phase_a/best.safetensors")
+    assert call(long, "phases.1.carry_optimizer=false") == 0
+    assert "the best so far, of step 8, is gone or damaged" in capsys.readouterr().err
+    assert best_of(run) in (16, 20)
+    assert (run / "model/model.safetensors").is_file()
 
 
 def failing_once(monkeypatch: Any, name: str, then: Callable[[], Any] = lambda: None) -> None:
