@@ -111,13 +111,14 @@ class Augment:
         """One sample's pixels; the same for the same arguments, whatever was called before.
 
         Args:
-            picture: uint8 (height, width, 3), RGB.
+            picture: uint8 (height, width, 3), RGB; `shrink`ed to the square or not, the result is the same.
             present: the tasks that the sample has a label for.
             key: from `sample_key`; without effect unless training.
 
         Returns:
             uint8 (image_size, image_size, 3).
         """
+        picture = shrink(picture, self.image_size)
         if not self.train:
             height, width = _fitted(picture, self.image_size, 1.0, 0.0)
             content = _resize(picture, width, height)
@@ -176,12 +177,26 @@ def _floor(length: float) -> int:
     return max(1, int(length + 1e-6))
 
 
+def shrink(picture: np.ndarray, size: int) -> np.ndarray:
+    """The picture no larger than a square of `size`; one that fits stays as it is.
+
+    A step of its own before any chance comes in, so that it can be taken once for all epochs, when a data set is packed.
+    """
+    height, width = picture.shape[:2]
+    if max(height, width) <= size:
+        return picture
+    height, width = _fitted(picture, size, 1.0, 0.0)
+    return _resize(picture, width, height)
+
+
 def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
     """Resize; shrinking averages over every pixel, so that fine detail can't alias into false sharpness.
 
     INTER_AREA is fast for whole factors alone (3 to 6 times), so the picture is first brought linearly to a near
     multiple of the size. Linear interpolation misses nothing as long as it shrinks by little.
     """
+    if picture.shape[:2] == (height, width):
+        return picture
     factor = max(1, math.ceil(max(picture.shape[1] / width, picture.shape[0] / height) / LINEAR_LIMIT))
     near = cv2.resize(picture, (width * factor, height * factor), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(near, (width, height), interpolation=cv2.INTER_AREA) if factor > 1 else near

@@ -109,7 +109,7 @@ class Samples(Dataset[Batch]):
 
     def picture(self, row: int) -> np.ndarray:
         """The row's picture: uint8 (height, width, 3), RGB."""
-        return read_picture(self.table.images / self.table.filename(row))
+        return read_picture(self.table.images / self.table.filename(row), self.augment.image_size)
 
     def _labels(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], list[list[str]]]:
         """Labels of `rows`, and for each of them the tasks that it has a label for."""

@@ -3,11 +3,14 @@
 import io
 import pickle
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from hybrid_dist.data import pictures
+from hybrid_dist.data.augment import shrink
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
 
 HEIGHT, WIDTH = 24, 40
@@ -26,10 +29,10 @@ def encoded(image, kind, **options):
     return out.getvalue()
 
 
-def read(folder, data):
+def read(folder, data, side=None):
     path = folder / "picture.jpg"
     path.write_bytes(data)
-    return read_picture(path)
+    return read_picture(path, side)
 
 
 MODES = {
@@ -106,14 +109,40 @@ def test_of_an_animation_the_first_frame(tmp_path, scene, kind):
     assert np.abs(pixels.astype(int) - scene).mean() < 12
 
 
+@pytest.fixture(scope="module")
+def photograph():
+    """(427, 640, 3), with the detail that a camera gives."""
+    return load_sample_images().images[0]
+
+
+@pytest.mark.parametrize("side", [30, 75, 96, 110, 160, 161, 640])
+def test_a_reduced_jpeg_is_what_the_whole_one_would_be(tmp_path, photograph, side):
+    """Catches a decoding below the size that is needed, channels or a turn lost on the way, detail that is not the
+    picture's, or lacks what is: decoded in part or as a whole and shrunk, it differs by few grey levels."""
+    for mode, orientation in (("RGB", 1), ("RGB", 6), ("L", 8)):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        path = tmp_path / "picture.jpg"
+        path.write_bytes(encoded(Image.fromarray(photograph).convert(mode), "JPEG", quality=90, exif=exif))
+        whole, reduced = read_picture(path), read_picture(path, side)
+        assert max(reduced.shape) == {30: 160, 75: 160, 96: 320, 110: 320, 160: 320}.get(side, 640)
+        want, have = shrink(whole, side).astype(np.float32), shrink(reduced, side)
+        have = cv2.resize(have, want.shape[1::-1]).astype(np.float32)  # a half may be a pixel more
+        assert np.abs(want - have).mean() < 4.0
+        assert abs((want - have).mean()) < 1.0
+        sharp = [np.abs(cv2.Laplacian(pixels, cv2.CV_32F)).mean() for pixels in (want, have)]
+        assert 0.8 < sharp[1] / sharp[0] < 1.1, "what clarity is judged by"
+
+
+@pytest.mark.parametrize("side", [None, 24, 60])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_picture_that_was_cut_off_is_refused(tmp_path, kind):
+def test_a_picture_that_was_cut_off_is_refused(tmp_path, kind, side):
     """Catches the missing part filled with grey, which would pass for an occluded aircraft."""
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
     data = encoded(Image.fromarray(noise), kind)
     for part in (0.1, 0.5, 0.95):
         with pytest.raises(PictureError, match=r"picture\.jpg: is (cut off|no picture)"):
-            read(tmp_path, data[: int(len(data) * part)])
+            read(tmp_path, data[: int(len(data) * part)], side)
 
 
 @pytest.mark.parametrize(
