@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import ends_with_its_launcher
@@ -33,6 +33,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
 
 
 def main() -> int:
+    """As from the command line, but for the end of the process: returns the exit code."""
     stop = Stop()
     stop.listen()
     try:
@@ -56,21 +57,36 @@ def _train(stop: Stop) -> int:
     except UserError as error:
         # What every rank runs into, rank 0 says; what one has met alone in training, it says itself.
         if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):
-            print(f"train.py: {error}", file=sys.stderr)
+            _say(f"train.py: {error}")
         if topology is not None and error.shared:
             leave()
         return 2
     except Exception:
         # Said here and not by Python: nobody may wait for what this process still holds of a collective.
-        traceback.print_exc()
+        _say(traceback.format_exc().rstrip())
         return CRASHED
 
 
-if __name__ == "__main__":
-    code = main()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    # Threads may be in a library's code still, at a picture or a disk that does not answer. Python's own end would wait
-    # for some of them, and pull the ground from under others, which abort the process: a stop must end with its code.
+def _say(text: str) -> None:
+    """To standard error, which may be closed, or a pipe whose reader has gone: the exit code says the rest."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process, whatever its threads are at.
+
+    They may be in a library's code still, at a picture or a disk that does not answer. Python's own end would wait for
+    some of them, and pull the ground from under others, which abort the process: a stop must end with its code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    listening = Stop()
+    listening.listen()
+    _leave(_train(listening))

@@ -49,6 +49,8 @@ class DataConfig(Section):
     """Loader processes per rank; `auto`: the machine's cores shared among its ranks."""
     packed: Literal["auto", "always", "never"] = "auto"
     """Whether to read from a packed copy of the pictures."""
+    max_bad: float = Field(0.01, ge=0, le=1)
+    """Share of a split's pictures that may be missing or broken: those count as samples without labels."""
     augment: bool = True
     """Augment the training pictures, as far as each sample's labels stay true."""
 
@@ -214,7 +216,7 @@ class Config(Section):
 _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
-    "data": {"workers", "packed", "train_csv", "train_images", "val_csv", "val_images"},
+    "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
     "train": {"micro_batch_size", "stall_timeout"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import train
 from hybrid_dist import cli
-from tests.conftest import launch, write_split
+from tests.conftest import ROOT, environment, launch, write_split
 
 
 @pytest.fixture
@@ -163,6 +164,13 @@ def test_folders_of_others(call: Callable[..., tuple[int, str]], tiny_config: Ca
     kept = [path for path in (tmp_path / "runs").iterdir() if path.name != "tiny"]
     assert len(kept) == 1, "--fresh keeps the old run"
     assert sorted(path.name for path in kept[0].rglob("*")) == before
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_with_nobody_to_tell(closed: str, tmp_path: Path) -> None:
+    """Catches: an exit code that depends on whether somebody reads what is said."""
+    command = f"exec {sys.executable} train.py --config {tmp_path / 'none.yaml'} {closed}"
+    assert subprocess.run(command, shell=True, cwd=ROOT, env=environment(), timeout=120, check=False).returncode == 2
 
 
 @pytest.mark.parametrize(("samples", "words"), [(1, "2 processes"), (4, "line 4: '0002.png'")])

@@ -42,11 +42,15 @@ class RunLock:
         """
         if self._handle is not None:
             return
-        while not self._lock():
-            pass
+        for last in (False, False, True):
+            if self._lock(last):
+                return
 
-    def _lock(self) -> bool:
-        """False if the folder was renamed meanwhile: what is locked then is not what stands there now."""
+    def _lock(self, last: bool) -> bool:
+        """False if the folder was renamed meanwhile: what is locked then is not what stands there now.
+
+        The `last` attempt is taken as it is, for some file systems number a file anew each time.
+        """
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +63,7 @@ class RunLock:
                     " in that folder, or take another run.name"
                 ) from None
             self.warn(f"warning: {self.path} can't be locked ({error.strerror}): see that no other job uses this run")
-        if not _is_at(handle, self.path):
+        if not last and not _is_at(handle, self.path):
             os.close(handle)
             return False
         self._handle = handle

@@ -239,9 +239,9 @@ def _differs(path: Path, facts: dict[str, Any]) -> str | None:
         return f"can't be checked ({type(error).__name__})"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
+def write_atomic(path: Path, text: str, writer: str = "") -> None:
+    """Write a text file whole or not at all; processes that may do so at the same time give each a `writer`."""
+    beside = path.with_name(f".{path.name}{writer}.partial")
     beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.replace(path)

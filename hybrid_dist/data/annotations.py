@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,21 @@ class Table:
     def filename(self, row: int) -> str:
         """The row's picture, relative to `images`."""
         return str(self.filenames[row].as_py())
+
+    def line(self, row: int) -> int:
+        """The CSV's line that the row starts on, as an editor counts."""
+        return int(self._lines[row])
+
+    @cached_property
+    def _lines(self) -> np.ndarray:
+        """int64 (rows,); a walk through the whole file where blank lines or quoted line breaks shift the count."""
+        lines, end = 0, b""
+        with self.csv.open("rb") as file:
+            while block := file.read(1 << 24):
+                lines, end = lines + block.count(b"\n"), block[-1:]
+        if lines + (end != b"\n") == len(self) + 1:
+            return np.arange(2, len(self) + 2)
+        return np.fromiter((line for line, _ in _records(self.csv)), np.int64)[1:]
 
     def valid(self, task: str) -> np.ndarray:
         """Bool, shape (rows,): which rows carry the task's label."""
@@ -116,11 +132,17 @@ def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) ->
     return found
 
 
-def check_pictures(table: Table) -> None:
-    """Check that every picture is there, with one listing per folder instead of a look per file.
+def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:
+    """Check that the pictures are there, with one listing per folder instead of a look per file.
+
+    Args:
+        max_bad: The share that may be missing.
+
+    Returns:
+        A sentence on those that are missing, if there are any.
 
     Raises:
-        UserError: the folder or some pictures are missing; names the first few with their lines, and the count.
+        UserError: the folder or too many pictures are missing; names the first few with their lines, and the count.
     """
     if not table.images.is_dir():
         raise UserError(f"{table.images}: no such folder of pictures (for {table.csv})")
@@ -130,7 +152,11 @@ def check_pictures(table: Table) -> None:
     missing = np.flatnonzero(~pc.is_in(names, value_set=there).to_numpy(zero_copy_only=False))
     if len(missing):
         shown = _shown(table.csv, missing, lambda row: repr(table.filename(row)))
-        raise UserError(f"{table.images}: {len(missing)} of {len(table)} pictures are missing ({table.csv}: {shown})")
+        sentence = f"{table.images}: {len(missing)} of {len(table)} pictures are missing ({table.csv}: {shown})"
+        if len(missing) > max_bad * len(table):
+            raise UserError(sentence)
+        return sentence
+    return None
 
 
 def _listed(images: Path, folders: Sequence[str]) -> Iterator[pa.Array]:

@@ -180,7 +180,7 @@ def _floor(length: float) -> int:
 def shrink(picture: np.ndarray, size: int) -> np.ndarray:
     """The picture no larger than a square of `size`; one that fits stays as it is.
 
-    A step of its own before any chance comes in, so that it can be taken once for all epochs, when a data set is packed.
+    A step of its own before any chance comes in: a data set that is packed has it behind it, once for all epochs.
     """
     height, width = picture.shape[:2]
     if max(height, width) <= size:

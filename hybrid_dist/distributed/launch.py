@@ -83,7 +83,7 @@ def start(precision: str, stall_timeout: float | None) -> Topology:
 def _patience(stall_timeout: float | None) -> timedelta:
     if stall_timeout is None:
         return MOST_PATIENCE
-    return min(max(LEAST_PATIENCE, timedelta(seconds=2 * stall_timeout)), MOST_PATIENCE)
+    return max(LEAST_PATIENCE, timedelta(seconds=min(2 * stall_timeout, MOST_PATIENCE.total_seconds())))
 
 
 def _under_launcher() -> bool:

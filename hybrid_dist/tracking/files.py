@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 from hybrid_dist.checkpoint import write_atomic
 
 
-class JsonLines:
-    """A file of JSON objects, one a line, that can be cut back to where a checkpoint left it."""
+class Lines:
+    """A file of lines that can be cut back to where a checkpoint left it."""
 
     def __init__(self, path: Path, keep: int, warn: Callable[[str], None]):
         """Open `path` for appending after its first `keep` bytes; what stands behind them goes.
@@ -31,13 +32,9 @@ class JsonLines:
         self._waiting = b""
         self._warned = False
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Append a line, and hand it to the system at once: what is there can be read while training goes on.
-
-        JSON has no NaN and no infinity; they stand as null.
-        """
-        finite = {key: None if _not_finite(value) else value for key, value in values.items()}
-        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+    def write(self, line: str) -> None:
+        """Append a line, and hand it to the system at once: what is there can be read while training goes on."""
+        self._waiting += line.encode("utf-8", "surrogateescape") + b"\n"
         try:
             self._hand_over()
         except OSError as error:
@@ -70,6 +67,11 @@ class JsonLines:
         os.close(self._file)
 
 
+def json_line(values: dict[str, Any]) -> str:
+    """Values as a line; JSON has no NaN and no infinity, they stand as null."""
+    return json.dumps({key: None if _not_finite(value) else value for key, value in values.items()}, allow_nan=False)
+
+
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -79,11 +81,11 @@ class Status:
 
     def __init__(self, folder: Path, is_main: bool, warn: Callable[[str], None]):
         self._path, self.is_main, self.warn = folder / "status.json", is_main, warn
-        self._warned = False
-        self._begun = time.time()
+        self._warned = self._begun = False
 
     def __call__(self, state: str, phase: str | None, step: int, reason: str) -> None:
         """`state` is running, stopped, finished or failed."""
+        self._begun = True
         if self.is_main:
             self._write(state, phase, step, reason)
 
@@ -92,11 +94,10 @@ class Status:
 
         The first reason stays: where one rank fails, the others fail for want of it.
         """
-        last, written = {}, 0.0
+        last = {}
         with contextlib.suppress(OSError, ValueError):
             last = json.loads(self._path.read_text(encoding="utf-8"))
-            written = self._path.stat().st_mtime
-        if last.get("state") == "failed" and written >= self._begun:
+        if last.get("state") == "failed" and self._begun:  # and not of an earlier start
             return
         self._write("failed", last.get("phase"), last.get("step", 0), reason)
 
@@ -104,7 +105,8 @@ class Status:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         facts = {"state": state, "phase": phase, "step": step, "reason": reason, "time": now}
         try:
-            write_atomic(self._path, json.dumps(facts, indent=1) + "\n")
+            writer = f".{socket.gethostname()}.{os.getpid()}" if state == "failed" else ""
+            write_atomic(self._path, json.dumps(facts, indent=1) + "\n", writer)
             self._warned = False
         except OSError as error:
             if not self._warned:

@@ -13,6 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 QUIET_INTERVAL = 30.0
 
 
+def _whatever_becomes_of_it() -> contextlib.suppress:
+    """A log on a full disk, a pipe whose reader has gone, a terminal that was left: no reason to end a training."""
+    return contextlib.suppress(OSError, ValueError)
+
+
 class Terminal:
     """Progress and messages of a run on standard error; says nothing where `quiet`."""
 
@@ -29,8 +34,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self.quiet:
-            # A log file on a full disk, a pipe whose reader has gone: no reason to end a training.
-            with contextlib.suppress(OSError):
+            with _whatever_becomes_of_it():
                 (self._bar.console if self._bar else self.console).print(text, markup=False)
 
     def begin(self, label: str, done: int, total: int) -> None:
@@ -45,7 +49,8 @@ class Terminal:
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             )  # fmt: skip
             self._bar = Progress(*columns, console=self.console, transient=True)
-            self._bar.start()
+            with _whatever_becomes_of_it():
+                self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
     def advance(self, done: int, note: str = "") -> None:
@@ -53,7 +58,8 @@ class Terminal:
         label, _, total = self._where
         self._where = (label, done, total)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            with _whatever_becomes_of_it():
+                self._bar.update(self._task, completed=done, note=note)
         elif not self.quiet and time.monotonic() - self._said >= QUIET_INTERVAL:
             self._said = time.monotonic()
             self.say(f"{label}: {done} of {total}, {self._left(done, total)} left  {note}".rstrip())
@@ -69,7 +75,8 @@ class Terminal:
     def end(self) -> None:
         """The bar goes."""
         if self._bar is not None:
-            self._bar.stop()
+            with _whatever_becomes_of_it():
+                self._bar.stop()
         self._bar = self._task = None
 
     def metrics(self, title: str, values: Mapping[str, float | None], tasks: Sequence[str]) -> None:

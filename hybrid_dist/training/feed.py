@@ -31,6 +31,8 @@ class Feed:
 
     def __init__(self, batches: Iterable[Batch], ahead: int = 1):
         """Starts the loader's processes, in the caller's thread; `ahead` batches wait ready for the next step."""
+        self._batches = batches
+        self._where: Callable[[], str] = getattr(batches, "where", str)
         self._iterator = iter(batches)
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = False
@@ -46,6 +48,10 @@ class Feed:
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
+
+    def waiting(self) -> str:
+        """What whoever waits for a batch is waiting for."""
+        return ": ".join(filter(None, ("waiting for its data", self._where())))
 
     def fill(self, batches: list[Batch], count: int, patience: float) -> bool:
         """Add to `batches` until there are `count`, or no more; False if `patience` seconds were not enough.
@@ -81,9 +87,7 @@ class Together:
     def __init__(self, control: Control, stop: Stop, saver: Saver, watch: Watch):
         self.control, self.stop, self.saver, self.watch = control, stop, saver, watch
 
-    def take(
-        self, feed: Feed, count: int, facts: Callable[[list[Batch]], list[int]] = lambda _: []
-    ) -> tuple[list[Batch], list[int]]:
+    def take(self, feed: Feed, count: int, facts: Callable[[list[Batch]], list[int]]) -> tuple[list[Batch], list[int]]:
         """This rank's next `count` batches, fewer at the end; and the sums of `facts` of them over the ranks.
 
         Raises:
@@ -92,7 +96,7 @@ class Together:
         """
         batches: list[Batch] = []
         ready, problem = False, None
-        self.watch.beat("waiting for its data")
+        self.watch.beat(feed.waiting)
         seen = 0
         while True:
             try:
@@ -116,7 +120,17 @@ class Together:
             if not waiting:
                 return batches, sums
 
-    def each(self, feed: Feed) -> Iterator[Batch]:
-        """One by one to the end; as many on every rank."""
-        while batches := self.take(feed, 1)[0]:
+    def each(self, feed: Feed, met_bad: Callable[[list[Batch]], None]) -> Iterator[Batch]:
+        """One by one to the end; as many on every rank. All call `met_bad` where some rank has a bad picture."""
+        while True:
+            batches, (bad,) = self.take(feed, 1, lambda found: [bad_count(found)])
+            if not batches:
+                return
+            if bad:
+                met_bad(batches)
             yield batches[0]
+
+
+def bad_count(batches: list[Batch]) -> int:
+    """This rank's pictures that can't be used."""
+    return sum(len(batch.bad) for batch in batches)

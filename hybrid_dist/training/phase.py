@@ -17,8 +17,9 @@ from hybrid_dist.config import PhaseConfig
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
-from hybrid_dist.tracking import JsonLines
-from hybrid_dist.training.feed import AskedToStop, Feed, Together
+from hybrid_dist.tracking import Lines, json_line
+from hybrid_dist.training.bad import BadPictures
+from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
 from hybrid_dist.training.optim import learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
@@ -29,6 +30,9 @@ from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
     from hybrid_dist.training.run import Job
+
+
+BAD_PICTURES = "bad_pictures"
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class PhaseLoop:
         self.length = job.length(phase)
         self.losses = LossLog(self.control, state.pending)
         self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
+        self.bad = self._bad_pictures()
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
@@ -100,16 +105,22 @@ class PhaseLoop:
         self.last_loss = ""
         self._judged: Judged | None = None
 
-    def _lines(self, name: str) -> JsonLines:
+    def _lines(self, name: str) -> Lines:
         keep = self.state.positions.get(name, 0)
-        return JsonLines(self.job.folder / f"{name}.jsonl", keep, self.job.terminal.say)
+        return Lines(self.job.folder / f"{name}.jsonl", keep, self.job.terminal.say)
+
+    def _bad_pictures(self) -> BadPictures:
+        job, keep = self.job, self.state.positions.get(BAD_PICTURES, 0)
+        tables = {"train": job.train_table, "val": job.val_table}
+        path, limit = job.folder / f"{BAD_PICTURES}.csv", self.config.data.max_bad
+        return BadPictures(path, keep, tables, limit, self.control, job.terminal.say)
 
     def run(self) -> Found:
         """Make the phase's steps. Returns its last checkpoint.
 
         Raises:
             Stopped: someone asked; a checkpoint is written.
-            UserError: a picture can't be used, the loss is no number, the last checkpoint can't be written.
+            UserError: too many pictures can't be used, the loss is no number, the last checkpoint can't be written.
         """
         train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
         feed = Feed(train, ahead=self.job.accumulation)
@@ -133,6 +144,7 @@ class PhaseLoop:
         finally:
             feed.close()
             self.job.terminal.end()
+            self.bad.close()
             for file in self.files.values():
                 file.close()
         assert self.saver.newest is not None
@@ -145,11 +157,20 @@ class PhaseLoop:
     def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, int]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
-        batches, sums = self.together.take(feed, self.job.accumulation, lambda found: label_counts(tasks, found))
-        *counts, samples = sums
+
+        def facts(found: list[Batch]) -> list[int]:
+            return [*label_counts(tasks, found), bad_count(found)]
+
+        batches, sums = self.together.take(feed, self.job.accumulation, facts)
+        *counts, samples, bad = sums
+        if bad:
+            self._met_bad("train", batches)
         self.state.samples += samples
         self._seen += samples
         return batches, {task.name: count for task, count in zip(tasks, counts, strict=True)}
+
+    def _met_bad(self, split: str, batches: list[Batch]) -> None:
+        self.bad.note(split, {row: reason for batch in batches for row, reason in batch.bad.items()})
 
     def _step(self, batches: list[Batch], counts: dict[str, int]) -> None:
         done = self.state.phase_step
@@ -172,7 +193,7 @@ class PhaseLoop:
         if traced is not None:
             rows, digest = traced
             position = {"phase": self.phase.name, "step": self.state.step}
-            self.files["trace"].write({**position, "sample_ids": rows, "digest": digest, "loss": loss})
+            self.files["trace"].write(json_line({**position, "sample_ids": rows, "digest": digest, "loss": loss}))
 
     def _after_step(self) -> None:
         step = self.state.phase_step
@@ -200,7 +221,7 @@ class PhaseLoop:
                 "samples": self.state.samples,
                 "time": time.time(),
             }
-            self.files["metrics"].write({**where, **values})
+            self.files["metrics"].write(json_line({**where, **values}))
 
     def _log(self) -> None:
         began = time.monotonic()
@@ -252,7 +273,7 @@ class PhaseLoop:
             job.terminal.advance(min(seen, len(job.val_table)))
 
         try:
-            batches = self.together.each(feed)
+            batches = self.together.each(feed, lambda found: self._met_bad("val", found))
             return validate(self.engine, job.tasks, batches, self.control, self.topology.device, tick)
         finally:
             feed.close()
@@ -289,6 +310,7 @@ class PhaseLoop:
         problem = None
         try:
             self.state.positions = {name: file.position() for name, file in self.files.items()}
+            self.state.positions[BAD_PICTURES] = self.bad.position()
         except OSError as error:
             problem = str(error)
         state = self.state.state_dict() | {"topology": self.topology.label, "config": self.config.identity()}
@@ -302,6 +324,7 @@ class PhaseLoop:
                 raise UserError(f"{problem}; {self._kept()}", shared=True)
 
     def _sync(self) -> None:
+        self.bad.sync()
         for file in self.files.values():
             file.sync()
 

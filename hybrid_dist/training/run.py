@@ -138,7 +138,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         return DONE
     except Stopped as asked:
         job.status("stopped", state.phase, state.step, str(asked))
-        job.stop.done()
+        job.stop.done(terminal.say)
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return EXIT_STOPPED
     except UserError as error:
@@ -189,9 +189,11 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
 
 
 def _check_pictures(job: Job) -> None:
-    """Those of both splits are there."""
-    check_pictures(job.train_table)
-    check_pictures(job.val_table)
+    """Those of both splits are there, but for as many as may be bad."""
+    for table in (job.train_table, job.val_table):
+        missing = check_pictures(table, job.config.data.max_bad)
+        if missing is not None:
+            job.terminal.say(f"warning: {missing}")
 
 
 def _saver(config: Config, topology: Topology, store: Store, watch: Watch, terminal: Terminal) -> Saver:
@@ -428,9 +430,11 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
-        # What comes before may take its time: kernels are compiled, a cluster's disk wakes up.
-        job.watch.start(job.topology.control)
+        # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
+        # shall not find some of them before this line and some behind it.
+        job.topology.control.barrier()
         job.stop.wait_for_the_loop()
+        job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
         return PhaseLoop(job, phase, state, engine, layout).run()
     finally:

@@ -113,20 +113,29 @@ class Stop:
     def clear_stale(self, say: Callable[[str], None]) -> None:
         """Remove a STOP file that was meant for an earlier start of the run."""
         with contextlib.suppress(FileNotFoundError):
-            if self.file is not None and self.file.stat().st_mtime < self._started:
-                self.file.unlink()
+            if self.file is not None and self.file.stat().st_mtime < self._started and self._remove(say):
                 say(f"{self.file} is older than this start and is removed")
 
-    def done(self) -> None:
+    def done(self, say: Callable[[str], None]) -> None:
         """The request has been followed: the next start is free."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        self._remove(say)
+
+    def _remove(self, say: Callable[[str], None]) -> bool:
+        try:
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+        except OSError as error:
+            say(
+                f"warning: {self.file} can't be removed ({error.strerror}): while it is there, each start stops at once"
+            )
+            return False
+        return True
 
 
 def _say(text: str) -> None:
-    """To standard error, past Python's own buffer, which may be locked by the thread that is being ended."""
+    """To standard error, if there is one, past Python's own buffer, which the thread that is being ended may hold."""
     with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), text.encode() + b"\n")
+        os.write(2, text.encode() + b"\n")
 
 
 class Stopped(Exception):

@@ -45,8 +45,8 @@ def validate(
     """Run the model over this rank's batches and bring the results together on rank 0 (None elsewhere).
 
     Args:
-        batches: Equally many on every rank; rows of -1 are padding. What they raise, they raise on all ranks together:
-            under ZeRO 3 one that left alone would let the others wait for its share of the weights.
+        batches: Equally many on every rank; rows of -1 are padding, bad pictures are left out. What they raise, they
+            raise on all ranks together: under ZeRO 3 one that left alone would let the others wait for its weights.
         tick: Told the number of samples after each batch.
     """
     engine.model.eval()
@@ -58,7 +58,9 @@ def validate(
             target = batch.labels[task.name]
             losses = task.losses(outputs[task.name], target.to(device, non_blocking=True))
             part[task.name] = (task.predict(outputs[task.name]).cpu().numpy(), target.numpy(), losses.cpu().numpy())
-        parts.append((batch.rows.numpy(), part))
+        rows = batch.rows.numpy()
+        # A prediction for a picture that can't be seen would be none.
+        parts.append((np.where(np.isin(rows, list(batch.bad)), -1, rows), part))
         tick(len(batch.rows))
     gathered = control.to_main(parts)
     return None if gathered is None else _join([part for rank in gathered for part in rank], tasks)

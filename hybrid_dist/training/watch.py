@@ -41,7 +41,7 @@ class Watch:
         self.timeout, self.ended = timeout, ended
         self._token = ""
         self._beats = 0
-        self._doing = "starting"
+        self._doing: str | Callable[[], str] = "starting"
         self._closing = threading.Event()
 
     def start(self, control: Control) -> None:
@@ -51,8 +51,8 @@ class Watch:
             self._token = control.from_main(f"{time.time_ns():x}")
             threading.Thread(target=self._look, args=(self.timeout,), daemon=True, name="watch").start()
 
-    def beat(self, doing: str | None = None) -> None:
-        """The loop has moved; `doing` is what it begins with now. Costs nothing.
+    def beat(self, doing: str | Callable[[], str] | None = None) -> None:
+        """The loop has moved; `doing` is what it begins with now, or says so when it matters. Costs nothing.
 
         Every rank calls it in the same places, so that the counts tell who is behind.
         """
@@ -91,7 +91,8 @@ class Watch:
     def _write(self, timeout: float) -> None:
         self.folder.mkdir(exist_ok=True)
         facts = {"rank": self.rank, "start": self._token, "host": socket.gethostname(), "pid": os.getpid()}
-        facts |= {"beats": self._beats, "doing": self._doing, "seconds": round(timeout)}
+        doing = self._doing if isinstance(self._doing, str) else self._doing()
+        facts |= {"beats": self._beats, "doing": doing, "seconds": round(timeout)}
         partial = self.folder / f".{self._file(self.rank).name}.partial"
         with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(facts) + "\n\n")

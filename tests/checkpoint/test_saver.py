@@ -24,7 +24,7 @@ from tests.conftest import fill
 
 def make_saver(folder: Path, keep: int = 3) -> tuple[Saver, list[str]]:
     said: list[str] = []
-    store = Store(folder / "checkpoints", keep, "a")
+    store = Store(folder / "checkpoints", keep, ["a"])
     return Saver(store, Control(0, 1), said.append, lambda: None, lambda found, tick: store.prune(found.path)), said
 
 
@@ -184,7 +184,7 @@ def test_cut_off_between_two_renames(tmp_path: Path) -> None:
 
 def test_an_older_attempt_can_not_write_into_a_newer_one(tmp_path: Path) -> None:
     """Catches: two attempts at the same step that share a folder, one of them by a rank that outlived its run."""
-    store = Store(tmp_path / "checkpoints", 1, "a")
+    store = Store(tmp_path / "checkpoints", 1, ["a"])
     first = store.begin("a-5")
     second = store.begin("a-5")
     assert first != second

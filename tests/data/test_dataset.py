@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 
@@ -19,7 +20,8 @@ from hybrid_dist.data.annotations import read_training
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.dataset import Samples, make_loader, pixel_digest, resolve_workers
 from hybrid_dist.data.order import PADDING, TrainSampler, ValSampler
-from hybrid_dist.data.pictures import PictureError
+from hybrid_dist.data.pictures import BACKGROUND
+from hybrid_dist.errors import UserError
 
 TASKS = {
     "type": TaskConfig(kind="classification", column="typename"),
@@ -143,21 +145,44 @@ def test_loading_leaves_the_global_generator_alone(table):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_picture_is_the_users_to_fix_in_any_process(tmp_path, workers):
-    """Catches torch's RuntimeError with a worker's traceback in place of the one sentence that names the file."""
+def test_a_bad_picture_is_a_sample_without_labels_in_any_process(tmp_path, workers):
+    """Catches a run that dies of one file, or learns from what is not there; a bad one that changes its neighbours."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "PNG")
     for row in range(6):
         (tmp_path / f"{row}.png").write_bytes(out.getvalue() if row != 4 else b"<html>")
-    (tmp_path / "train.csv").write_text("filename,typename\n" + "".join(f"{row}.png,A\n" for row in range(6)))
-    tasks = {"type": TASKS["type"]}
+    text = "filename,typename,clarity\n" + "".join(f"{row}.png,A,0.5\n" for row in range(6))
+    (tmp_path / "train.csv").write_text(text)
+    tasks = {"type": TASKS["type"], "clarity": TASKS["clarity"]}
     table, _ = read_training(tmp_path / "train.csv", tmp_path, tasks)
-    loader = make_loader(Samples(table, Augment(SIZE, tasks, False), 0, "a"), ValSampler(6, 2, 0, 1), workers, False)
-    seen = []
-    with pytest.raises(PictureError) as caught:
-        seen.extend(batch.rows.tolist() for batch in loader)
-    assert str(caught.value) == f"{tmp_path / '4.png'}: is no picture, it starts with b'<html>'"
-    assert seen == [[0, 1], [2, 3]]
+    split = Samples(table, Augment(SIZE, tasks, False), 0, "a", digest=True)
+    batches = list(make_loader(split, ValSampler(6, 2, 0, 1), workers, False))
+    assert [batch.rows.tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5]]
+    assert [batch.bad for batch in batches] == [{}, {}, {4: "is no picture, it starts with b'<html>'"}]
+    assert batches[2].labels["type"].tolist() == [-1, 0]
+    assert batches[2].labels["clarity"].isnan().tolist() == [True, False]
+    assert batches[2].digests.tolist() == [0, int(batches[0].digests[0])]
+    assert (batches[2].images[0].permute(1, 2, 0).numpy() == BACKGROUND).all()
+    assert table.labels["type"].tolist() == [0] * 6, "the table itself stays"
+
+
+def test_a_loader_process_that_dies_is_named(table):
+    """Catches torch's RuntimeError with a process id and no more; one raised in the middle of something else."""
+    before = signal.getsignal(signal.SIGCHLD)
+
+    class Deadly(Samples):
+        def picture(self, row):
+            if self.table.filename(row) == "7.png":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().picture(row)
+
+    split = Deadly(table, Augment(SIZE, TASKS, False), 0, "a")
+    loader = make_loader(split, ValSampler(12, 2, 0, 1), 2, pin_memory=False)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    pattern = rf"loader process 1 \(\d+\) was ended by SIGKILL at {table.images}/7\.png; .*data\.workers"
+    assert re.match(pattern, str(caught.value)), str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_workers_outlive_signals_to_the_group_but_obey_their_parent(table):

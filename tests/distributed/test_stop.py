@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import subprocess
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from tests.conftest import launch, tiny_values
+from tests.conftest import ROOT, command_line, environment, launch, tiny_values
 from tests.distributed.running import Running, expect_same_run
 
 SECONDS = 30
@@ -115,10 +119,33 @@ def test_the_code_of_a_stop_that_waits_for_pictures(tiny_data: Path, tmp_path: P
         try:
             time.sleep(1)
             training.launcher.terminate()
-            assert training.end(SECONDS) == 75, training.tail()
+            training.wait_for("its end", lambda: training.status().get("state") == "stopped")
         finally:
-            give_back()
+            give_back()  # the thread wakes up while the process ends
+        assert training.end(SECONDS) == 75, training.tail()
         assert training.status()["state"] == "stopped"
+
+
+def test_a_terminal_that_is_left(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a progress bar that ends the run because nobody sees it any more, before the checkpoint is written."""
+    config, run = make_config(tiny_data, tmp_path, steps=40), tmp_path / "runs" / "tiny"
+    ours, theirs = pty.openpty()
+    command = command_line("--config", str(config), "data.workers=0")
+    training = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        seen, until = b"", time.monotonic() + 120
+        while seen.count(b"phase a") < 5 and time.monotonic() < until:  # its bar is drawn
+            seen += os.read(ours, 4096)
+        os.close(ours)
+        assert training.wait(SECONDS) == 75
+    finally:
+        training.kill()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "signal SIGHUP")
 
 
 def test_a_rank_that_crashes_says_why(tiny_data: Path, tmp_path: Path) -> None:
@@ -150,7 +177,10 @@ def test_stuck_in_the_data(tiny_data: Path, tmp_path: Path) -> None:
             give_back()
         assert training.status()["state"] == "failed"
         # One of them may have had its pictures still.
-        where = r"stuck: no progress for 6 s at rank (0|1|0, 1) \(waiting for its data, on "
+        where = (
+            r"stuck: no progress for 6 s at rank (0|1|0, 1)"
+            rf" \(waiting for its data: loader process 0 \(\d+\) at {tmp_path}/data/train/\d+\.png, on "
+        )
         assert re.match(where, training.status()["reason"]), training.status()["reason"]
         assert training.status()["step"] > 0
     found = stacks(run)

@@ -20,8 +20,12 @@ from hybrid_dist.training.watch import Watch
 
 def make_together(folder: Path) -> Together:
     control, watch = Control(0, 1), Watch(folder, (0, 1), None, print)
-    store = Store(folder / "checkpoints", 1, "a")
+    store = Store(folder / "checkpoints", 1, ["a"])
     return Together(control, Stop(), Saver(store, control, print, watch.beat, lambda found, tick: None), watch)
+
+
+def no_facts(_: list[Any]) -> list[int]:
+    return []
 
 
 def test_a_large_steps_batches_count_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +42,7 @@ def test_a_large_steps_batches_count_as_they_come(tmp_path: Path, monkeypatch: p
             while together.watch._beats == beats[-1] and time.monotonic() < until:  # until this one is noticed
                 time.sleep(0.001)
 
-    batches, _ = together.take(Feed(slow()), 4)
+    batches, _ = together.take(Feed(slow()), 4, no_facts)
     assert batches == [0, 1, 2, 3]
     assert len(set(beats[1:])) == 3
 
@@ -58,7 +62,7 @@ def test_the_next_steps_batches_come_meanwhile(tmp_path: Path) -> None:
 
     feed = Feed(count(), ahead=4)
     together = make_together(tmp_path)
-    assert together.take(feed, 3)[0] == [0, 1, 2]
+    assert together.take(feed, 3, no_facts)[0] == [0, 1, 2]
     assert enough.wait(60)
     time.sleep(0.05)
     assert given == list(range(8))
@@ -76,5 +80,5 @@ def test_a_stop_does_not_wait_for_the_batches(tmp_path: Path, monkeypatch: pytes
 
     together.stop.reason = "a test"
     with pytest.raises(AskedToStop):
-        together.take(Feed(stuck()), 2)
+        together.take(Feed(stuck()), 2, no_facts)
     never.set()

@@ -29,7 +29,7 @@ from hybrid_dist.training import run as run_module
 from hybrid_dist.training import stop as stop_module
 from hybrid_dist.training.stop import Stop
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
-from tests.distributed.running import expect_same_run
+from tests.distributed.running import expect_same_run, without_times
 
 PHASES = [
     {"name": "a", "trainable": ["heads", "fusion"], "steps": 3, "lr": 1e-3},
@@ -162,21 +162,74 @@ def test_what_is_left_when_nothing_valid_is(call: Callable[..., int], config: Pa
         classes.unlink()
 
 
-def test_a_bad_picture_ends_the_run_with_its_name(call: Callable[..., int], config: Path, capsys: Any) -> None:
-    """Catches: a traceback, or a status that does not say which picture."""
-    data = Path(load_config(config).data.val_images)
-    picture = data / "0004.png"
-    good = picture.read_bytes()
-    try:
-        picture.write_bytes(b"<html>not found</html>")
-        assert call(config) == 2
-    finally:
-        picture.write_bytes(good)
+@pytest.fixture
+def broken(config: Path, tmp_path: Path) -> Path:
+    """`config` on a copy of the data, of which a picture of each split is broken."""
+    data = load_config(config).data
+    shutil.copytree(Path(data.train_csv).parent, tmp_path / "data")
+    (tmp_path / "data/train/0003.png").write_bytes(b"<html>not found</html>")
+    (tmp_path / "data/val/0004.png").write_bytes(b"")
+    text = config.read_text()
+    config.write_text(text.replace(str(Path(data.train_csv).parent), str(tmp_path / "data")))
+    return config
+
+
+BAD = """split,line,filename,reason
+train,5,0003.png,"is no picture, it starts with b'<html>not found<'"
+val,6,0004.png,is no picture: it is empty
+"""
+
+
+def test_too_many_bad_pictures_end_the_run(call: Callable[..., int], broken: Path, capsys: Any) -> None:
+    """Catches: a run that goes on with half of its data gone; a status that does not say why it ended."""
+    assert call(broken) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1
-    assert "0004.png" in said[0]
-    assert status(folder(config))["state"] == "failed"
-    assert "0004.png" in status(folder(config))["reason"]
+    assert "1 of 56 pictures of " in said[0]
+    assert "data.max_bad: 0.01" in said[0]
+    run = folder(broken)
+    assert status(run)["state"] == "failed"
+    assert status(run)["reason"] in said[0]
+    assert (run / "bad_pictures.csv").read_text() == BAD[: BAD.index("val")]
+
+
+def test_a_bad_picture_changes_nothing_of_the_rest(
+    call: Callable[..., int], broken: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Catches: a bad picture that others, their losses or their metrics notice; one that is listed twice, or lost in a
+    resume; a list that is written where all is well."""
+    run, where = folder(broken), ("data.max_bad=0.05",)
+    assert call(broken, *where) == 0
+    assert (run / "bad_pictures.csv").read_text() == BAD
+    said = capsys.readouterr().err
+    assert said.count("counts as a sample without labels") == 2
+    predicted = (run / "phase_c/predictions_val.csv").read_text().splitlines()
+    assert len(predicted) == 23, "23 less the bad one, and a header"
+
+    # The same with good pictures there, and no labels.
+    shutil.copytree(tmp_path / "data", tmp_path / "blank")
+    for split, row in (("train", 3), ("val", 4)):
+        shutil.copy(tmp_path / f"data/{split}/0001.png", tmp_path / f"blank/{split}/{row:04}.png")
+        lines = (tmp_path / f"blank/{split}.csv").read_text().splitlines()
+        lines[row + 1] = f"{row:04}.png" + "," * lines[0].count(",")
+        (tmp_path / f"blank/{split}.csv").write_text("\n".join(lines) + "\n")
+    values = broken.read_text().replace(str(tmp_path / "data"), str(tmp_path / "blank"))
+    (tmp_path / "blank.yaml").write_text(values.replace("runs", "blank_runs"))
+    assert call(tmp_path / "blank.yaml") == 0
+    blank = tmp_path / "blank_runs" / "tiny"
+    assert not (blank / "bad_pictures.csv").exists()
+    for name in ("phase_a/best", "phase_c/best", "model/model"):
+        same, other = load_file(run / f"{name}.safetensors"), load_file(blank / f"{name}.safetensors")
+        assert all(torch.equal(same[key], other[key]) for key in other)
+    assert without_times(run) == without_times(blank)
+
+    stop_at(monkeypatch, tmp_path / "again" / "tiny", 2)
+    where += (f"run.dir={tmp_path / 'again'}",)
+    assert call(broken, *where) == 75
+    (tmp_path / "again/tiny/bad_pictures.csv").open("a").write("train,9,0007.png,of a step that is made once more\n")
+    assert call(broken, *where) == 0
+    assert (tmp_path / "again/tiny/bad_pictures.csv").read_text() == BAD
+    expect_same_run(tmp_path / "again" / "tiny", run)
 
 
 def test_divergence_is_said(call: Callable[..., int], config: Path, capsys: Any) -> None:
@@ -469,7 +522,8 @@ def test_a_best_that_can_not_be_saved(call: Callable[..., int], long: Path, whol
     run = folder(long)
     failing_once(monkeypatch, "a-8")
     assert call(long) == 0
-    assert best_of(run) == 4, "the best of those that there are"
+    scores = {line["step"]: line["val/score"] for line in read_lines(whole / "metrics.jsonl") if "val/score" in line}
+    assert best_of(run) == max((4, 12, 16, 20), key=scores.__getitem__), "the best of those that there are"
     shutil.rmtree(run)
 
     failing_once(monkeypatch, "a-4")

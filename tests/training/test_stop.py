@@ -19,9 +19,10 @@ import ctypes, sys, time
 from hybrid_dist.training.stop import Stop
 stop = Stop()
 stop.listen()
-print("listening", flush=True)
 if sys.argv[1] == "training":
     stop.wait_for_the_loop()
+print("listening", flush=True)
+if sys.argv[1] == "training":
     while not stop.requested():
         time.sleep(0.01)
     print(stop.reason, flush=True)
@@ -58,6 +59,7 @@ def test_before_training_there_is_nothing_to_wait_for(number: signal.Signals) ->
     """Catches: a job that its scheduler wants back while the ranks meet, killed for not listening, or with a code that
     says that it crashed."""
     with listening("start-up") as process:
+        time.sleep(0.5)  # by then it is in C
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
         assert process.returncode == 75

@@ -1,0 +1,118 @@
+"""Pictures that can't be used: each named once, training goes on without its labels, and too many are an error."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hybrid_dist.data.annotations import Table
+from hybrid_dist.distributed import Control
+from hybrid_dist.errors import UserError
+from hybrid_dist.tracking import Lines
+
+HEADER = ("split", "line", "filename", "reason")
+SAID = 5
+"""Of these the terminal tells as well."""
+
+
+class BadPictures:
+    """bad_pictures.csv in the run's folder, written by rank 0; there is none as long as all pictures are good."""
+
+    def __init__(
+        self,
+        path: Path,
+        keep: int,
+        tables: Mapping[str, Table],
+        limit: float,
+        control: Control,
+        say: Callable[[str], None],
+    ):
+        """Take up the file after its first `keep` bytes, where the checkpoint left it.
+
+        Args:
+            tables: `train` and `val`.
+            limit: The share of a split's pictures that may be bad.
+        """
+        self.path, self.tables, self.limit, self.control, self.say = path, tables, limit, control, say
+        self._known: dict[str, set[str]] = {split: set() for split in tables}
+        self._file: Lines | None = None
+        if control.rank == 0:
+            self._take_up(keep)
+
+    def _take_up(self, keep: int) -> None:
+        if not keep:
+            self.path.unlink(missing_ok=True)
+            return
+        self._file = Lines(self.path, keep, self.say)
+        with self.path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                self._known.setdefault(row["split"], set()).add(row["filename"])
+
+    def note(self, split: str, found: Mapping[int, str]) -> None:
+        """All ranks together, each with what it has just met: reasons by row.
+
+        Raises:
+            UserError: there are more than the limit allows; on all ranks.
+        """
+        everyone = self.control.to_main(dict(found))
+        problem = None
+        if everyone is not None:
+            for row, reason in sorted({row: reason for part in everyone for row, reason in part.items()}.items()):
+                self._add(split, row, reason)
+            problem = self._too_many(split)
+        problem = self.control.from_main(problem)
+        if problem is not None:
+            raise UserError(problem, shared=True)
+
+    def _add(self, split: str, row: int, reason: str) -> None:
+        table, known = self.tables[split], self._known[split]
+        name, reason = table.filename(row), " ".join(reason.split())
+        if name in known:
+            return
+        if self._file is None:
+            self._file = Lines(self.path, 0, self.say)
+            self._file.write(_csv(HEADER))
+        known.add(name)
+        line = table.line(row)
+        self._file.write(_csv((split, line, name, reason)))
+        if len(known) <= SAID:
+            more = "; later ones are only written there" if len(known) == SAID else ""
+            self.say(
+                f"warning: {table.csv}: line {line}: {name!r} {reason}; it counts as a sample without labels and is"
+                f" listed in {self.path.name}{more}"
+            )
+
+    def _too_many(self, split: str) -> str | None:
+        table, count = self.tables[split], len(self._known[split])
+        if count <= self.limit * len(table):
+            return None
+        return (
+            f"{count} of {len(table)} pictures of {table.csv} can't be used, more than data.max_bad: {self.limit:g}"
+            f" allows; they are listed in {self.path}, and hybrid-dist check-data finds them all"
+        )
+
+    def position(self) -> int:
+        """The file's length in bytes, with every line in it.
+
+        Raises:
+            OSError: some line can't be written.
+        """
+        return self._file.position() if self._file is not None else 0
+
+    def sync(self) -> None:
+        """Have the system put it on the disk; from any thread."""
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        """No more lines."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _csv(cells: tuple[object, ...]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(cells)
+    return out.getvalue()
