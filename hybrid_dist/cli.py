@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +18,76 @@ from hybrid_dist.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hybrid_dist.data.output import Imported
+
 
 def synth(arguments: argparse.Namespace) -> int:
     """Render a data set."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from hybrid_dist.data.synth import is_rendered, render_dataset
 
     total = arguments.train + arguments.val
     if is_rendered(arguments.out, arguments.train, arguments.val, arguments.seed):
         print(f"{arguments.out}: its {total} pictures are there already")
         return 0
-    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with _bar("rendering") as tell:
         render_dataset(
             arguments.out, arguments.train, arguments.val, arguments.seed,
-            workers=arguments.workers, progress=lambda done: bar.update(task, completed=done),
+            workers=arguments.workers, progress=lambda done: tell(done, total),
         )  # fmt: skip
     print(f"{arguments.out}: {total} pictures")
     return 0
+
+
+@contextmanager
+def _bar(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, to be told how many are done and of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def import_fgvc(arguments: argparse.Namespace) -> int:
+    """Bring FGVC-Aircraft into the project's format: crops by box, without the banner."""
+    from hybrid_dist.data import fgvc
+
+    with _bar("cropping") as tell:
+        imported = fgvc.import_fgvc(
+            arguments.root, arguments.out, arguments.level, arguments.margin, arguments.train, arguments.val,
+            workers=arguments.workers, progress=tell,
+        )  # fmt: skip
+    _describe_import(arguments.out, imported)
+    return 0
+
+
+def import_folder(arguments: argparse.Namespace) -> int:
+    """Bring a folder of class folders into the project's format: pictures stay as they are, by hard link or copy."""
+    from hybrid_dist.data import folder
+
+    with _bar("linking") as tell:
+        imported = folder.import_folder(arguments.root, arguments.out, arguments.val, arguments.seed, progress=tell)
+    _describe_import(arguments.out, imported)
+    return 0
+
+
+def _describe_import(out: Path, imported: Imported) -> None:
+    """What was written, and what to type next."""
+    for note in imported.notes:
+        print(note)
+    counts = ", ".join(f"{split} {count}" for split, count in imported.counts.items())
+    print(f"{out}: {counts} pictures; {len(imported.classes)} classes")
+    print("The labels are types alone. Next, with this config or one of your own:")
+    keys = [
+        shlex.quote(f"data.{split}_{kind}={out / split}{suffix}")
+        for split in ("train", "val")
+        for kind, suffix in (("csv", ".csv"), ("images", ""))
+    ]
+    first, second = " ".join(keys[:2]), " ".join(keys[2:])
+    print(f"  hybrid-dist check-data --config configs/stage2_convnext.yaml \\\n    {first} \\\n    {second}")
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -103,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the pictures stay the same")
     command.set_defaults(run=synth)
 
+    _add_imports(commands)
     command = commands.add_parser(
         "checkpoints", help="list a run's checkpoints and verify them", description=checkpoints.__doc__
     )
@@ -111,6 +163,39 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=checkpoints)
     _add_bench(commands)
     return parser
+
+
+def _add_imports(commands: Any) -> None:
+    command = commands.add_parser("import-fgvc", help="bring FGVC-Aircraft along", description=import_fgvc.__doc__)
+    command.add_argument("root", type=Path, metavar="ROOT", help="fgvc-aircraft-2013b/data, or a folder that holds it")
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    levels, splits = ("variant", "family", "manufacturer"), ("train", "val", "trainval", "test")
+    command.add_argument("--level", choices=levels, default="variant", help="what the classes are (variant)")
+    command.add_argument(
+        "--margin", type=float, default=0.1, metavar="FRACTION", help="of the box, added on each side (0.1)"
+    )
+    command.add_argument(
+        "--train", choices=splits, default="train",
+        help="the official split to train on (train); papers take --train trainval --val test",
+    )  # fmt: skip
+    command.add_argument(
+        "--val", choices=splits, default="val", help="the one to judge on (val); if neither is test, it is added"
+    )
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes; the pictures stay the same")
+    command.set_defaults(run=import_fgvc)
+
+    command = commands.add_parser(
+        "import-folder", help="bring one folder a class along", description=import_folder.__doc__
+    )
+    command.add_argument(
+        "root", type=Path, metavar="ROOT", help="has CLASS/…, or train/CLASS/… and val/CLASS/…, with pictures"
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    command.add_argument(
+        "--val", type=float, metavar="FRACTION", help="of each class, drawn for val (0.2); not with train/ and val/"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other pictures")
+    command.set_defaults(run=import_folder)
 
 
 def _add_bench(commands: Any) -> None:

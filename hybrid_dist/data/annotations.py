@@ -121,6 +121,18 @@ def read_table(csv: Path, images: Path, tasks: Mapping[str, TaskConfig], class_m
     return _build(_read_sheet(csv, tasks), images, tasks, class_maps, training=False)
 
 
+def filename_problem(name: str) -> str | None:
+    """What the format has against this `filename`, or None where it may stand in a CSV."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8 text"
+    for pattern, complaint in _FILENAME_RULES:
+        if re.search(pattern, name):
+            return complaint.format(images="the split's folder")
+    return None
+
+
 def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) -> dict[str, dict[str, int]]:
     """Rows of `other` per class that the map has (from a `…_classes.json`) but no training row carries, per task."""
     found: dict[str, dict[str, int]] = {}

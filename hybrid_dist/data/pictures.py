@@ -18,6 +18,10 @@ BACKGROUND = (124, 116, 104)
 """What stands where a picture has no pixels: ImageNet's mean colour, which normalisation turns into about 0."""
 
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif".split()  # noqa: SIM905
+)
+"""How files of these formats end, in lower case."""
 # OpenCV drops alpha instead of compositing it, and turns CMYK into RGB by other rules than everyone else.
 _CV2 = {
     "JPEG": {"RGB", "L"},

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from hybrid_dist.data.output import COLUMNS
 from hybrid_dist.data.synth import occluders, scene
 from hybrid_dist.data.synth.airframes import AIRFRAMES
 from hybrid_dist.data.synth.build import Pose, build_aircraft
@@ -13,10 +14,6 @@ from hybrid_dist.data.synth.liveries import LIVERIES
 from hybrid_dist.data.synth.tubes import Light
 from hybrid_dist.errors import UserError
 
-COLUMNS = (
-    "filename", "typeid", "typename", "airlineid", "airlinename", "clarity", "block",
-    "registration", "airplanearea", "registrationarea",
-)  # fmt: skip
 SPLITS = ("train", "val")
 TYPE_NAMES = tuple(airframe.name for airframe in AIRFRAMES)
 AIRLINE_NAMES = tuple(livery.name for livery in LIVERIES)

@@ -1,19 +1,22 @@
 """The data set on disk: rendered beside its place, moved there in one step, recognised when it is already there."""
 
-import csv
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
-
-from hybrid_dist.data.synth.picture import AIRLINE_NAMES, COLUMNS, SPLITS, TYPE_NAMES, render_picture
+from hybrid_dist.data.output import (
+    check_whole_number,
+    in_order,
+    whole_or_nothing,
+    write_annotations,
+    write_classes,
+    write_jpeg,
+    write_json,
+)
+from hybrid_dist.data.synth.picture import AIRLINE_NAMES, SPLITS, TYPE_NAMES, render_picture
 from hybrid_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,41 +39,14 @@ class Job:
     seed: int
 
 
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
-
-
 def _render_chunk(job: Job) -> list[dict[str, str]]:
     """Write a chunk's pictures and return their rows."""
     rows = []
     for index in range(job.start, job.stop):
         picture, row = render_picture(job.split, index, job.seed)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-        _, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)
-        # Not cv2.imwrite: it hides why a write failed.
-        Path(job.folder, row["filename"]).write_bytes(data.tobytes())
+        write_jpeg(Path(job.folder, row["filename"]), picture, JPEG_QUALITY)
         rows.append(row)
     return rows
-
-
-def _rendered(jobs: list[Job], workers: int) -> Iterator[list[dict[str, str]]]:
-    """The rows of each job in order, whoever renders them."""
-    if workers == 1:
-        before = cv2.getNumThreads()
-        _one_thread()
-        try:
-            yield from map(_render_chunk, jobs)
-        finally:
-            cv2.setNumThreads(before)
-        return
-    # Spawned, not forked: the caller may hold threads (torch, cv2). An executor, not a Pool: there a killed worker
-    # is an error, not a hang.
-    with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _one_thread) as pool:
-        yield from pool.map(_render_chunk, jobs)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _render_into(
@@ -83,19 +59,17 @@ def _render_into(
         jobs += [Job(str(folder / split), split, at, min(at + CHUNK, count), seed) for at in range(0, count, CHUNK)]
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in counts}
     done = 0
-    for job, made in zip(jobs, _rendered(jobs, workers), strict=True):
-        rows[job.split] += made
-        done += len(made)
-        if progress is not None:
-            progress(done)
+    with closing(in_order(_render_chunk, jobs, workers)) as rendered:
+        for job, made in zip(jobs, rendered, strict=True):
+            rows[job.split] += made
+            done += len(made)
+            if progress is not None:
+                progress(done)
     for split in counts:
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[split])
-    _write_json(folder / "type_classes.json", {"classes": list(TYPE_NAMES), "num_classes": len(TYPE_NAMES)})
-    _write_json(folder / "airline_classes.json", {"classes": list(AIRLINE_NAMES), "num_classes": len(AIRLINE_NAMES)})
-    _write_json(folder / RECORD, _record(counts, seed))
+        write_annotations(folder, split, rows[split])
+    write_classes(folder, "type", TYPE_NAMES)
+    write_classes(folder, "airline", AIRLINE_NAMES)
+    write_json(folder / RECORD, _record(counts, seed))
 
 
 def _record(counts: dict[str, int], seed: int) -> dict[str, int]:
@@ -104,9 +78,7 @@ def _record(counts: dict[str, int], seed: int) -> dict[str, int]:
 
 def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
-        least = 0 if name == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        check_whole_number(name, value, least=0 if name == "seed" else 1)
 
 
 def _read_record(path: Path) -> object:
@@ -168,22 +140,10 @@ def render_dataset(
         if progress is not None:
             progress(train + val)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays on one file system.
-    building = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
     try:
-        _render_into(building, dict(zip(SPLITS, (train, val), strict=True)), seed, workers, progress)
-        _move(building, out, train, val, seed)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _move(building: Path, out: Path, train: int, val: int, seed: int) -> None:
-    """The finished folder to its place; another process that was faster with the same data set is fine."""
-    try:
-        building.rename(out)
+        with whole_or_nothing(out) as building:
+            _render_into(building, dict(zip(SPLITS, (train, val), strict=True)), seed, workers, progress)
     except OSError:
+        # Another process that was faster with the same data set is fine.
         if not is_rendered(out, train, val, seed):
             raise
