@@ -90,6 +90,17 @@ def _describe_import(out: Path, imported: Imported) -> None:
     print(f"  hybrid-dist check-data --config configs/stage2_convnext.yaml \\\n    {first} \\\n    {second}")
 
 
+def pack(arguments: argparse.Namespace) -> int:
+    """Decode the pictures once, for a loader that is several times faster. Again, it makes only what has changed."""
+    from hybrid_dist.config import load_config
+    from hybrid_dist.data.packed import pack_splits
+
+    config = load_config(arguments.config, arguments.overrides)
+    with _bar("packing") as tell:
+        pack_splits(config.data, config.tasks, lambda text: print(text, flush=True), tell)
+    return 0
+
+
 def checkpoints(arguments: argparse.Namespace) -> int:
     """List a run's checkpoints, and check every byte of them."""
     from rich.console import Console
@@ -140,6 +151,15 @@ def bench_checkpoint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_data(arguments: argparse.Namespace) -> int:
+    """How many pictures a loader process gives in a second, from the files and from a packed copy."""
+    from hybrid_dist.bench.data import bench, describe
+
+    rows = bench(arguments.config, arguments.overrides, arguments.pictures, arguments.repeats)
+    print(json.dumps(rows, indent=1) if arguments.json else describe(rows))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="hybrid-dist", description="Tools around train.py.")
@@ -155,6 +175,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=synth)
 
     _add_imports(commands)
+    command = commands.add_parser("pack", help="decode the pictures once", description=pack.__doc__)
+    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/base.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=pack)
+
     command = commands.add_parser(
         "checkpoints", help="list a run's checkpoints and verify them", description=checkpoints.__doc__
     )
@@ -202,6 +227,14 @@ def _add_bench(commands: Any) -> None:
     benches = commands.add_parser("bench", help="measure, beside what people use now").add_subparsers(
         metavar="WHAT", required=True
     )
+    command = benches.add_parser("data", help="how fast the pictures come", description=bench_data.__doc__)
+    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/base.yaml")
+    command.add_argument("--pictures", type=int, default=2000, metavar="N", help="in each turn")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each")
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=bench_data)
+
     command = benches.add_parser(
         "checkpoint", help="how long a checkpoint holds training up", description=bench_checkpoint.__doc__
     )

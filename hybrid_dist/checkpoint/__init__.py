@@ -3,9 +3,9 @@
 from hybrid_dist.checkpoint.lock import RunLock
 from hybrid_dist.checkpoint.portable import PieceReader, write_shard
 from hybrid_dist.checkpoint.saver import Content, Saver
-from hybrid_dist.checkpoint.store import MANIFEST, Damaged, Found, Store, inspect, sync, write_atomic
+from hybrid_dist.checkpoint.store import MANIFEST, Damaged, Found, Store, inspect
 
 __all__ = [
-    "MANIFEST", "Content", "Damaged", "Found", "PieceReader", "RunLock", "Saver", "Store", "inspect", "sync",
-    "write_atomic", "write_shard",
+    "MANIFEST", "Content", "Damaged", "Found", "PieceReader", "RunLock", "Saver", "Store", "inspect",
+    "write_shard",
 ]  # fmt: skip

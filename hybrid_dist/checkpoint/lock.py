@@ -14,6 +14,7 @@ from pathlib import Path
 from hybrid_dist.errors import UserError
 
 LOCK = ".lock"
+WAY_OUT = "wait for it, stop it with a file named STOP in that folder, or take another run.name"
 
 
 class RunLock:
@@ -23,8 +24,9 @@ class RunLock:
     some seconds, do not hold it, and NFS knows it. The file stays: to remove it would free the way for a third.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None]):
-        """Nothing is locked yet."""
+    def __init__(self, folder: Path, warn: Callable[[str], None], way_out: str = WAY_OUT):
+        """Nothing is locked yet; `way_out` tells those who are refused what would do."""
+        self.way_out = way_out
         self.path = folder / LOCK
         self.warn = warn
         self._handle: int | None = None
@@ -58,10 +60,7 @@ class RunLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = os.read(handle, 4096).decode(errors="replace").strip()
                 os.close(handle)
-                raise UserError(
-                    f"{self.path.parent} is in use by {_describe(holder)}; wait for it, stop it with a file named STOP"
-                    " in that folder, or take another run.name"
-                ) from None
+                raise UserError(f"{self.path.parent} is in use by {_describe(holder)}; {self.way_out}") from None
             self.warn(f"warning: {self.path} can't be locked ({error.strerror}): see that no other job uses this run")
         if not last and not _is_at(handle, self.path):
             os.close(handle)

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hybrid_dist.checkpoint.portable import PieceReader
+from hybrid_dist.files import sync, write_atomic
 
 FORMAT = "hybrid-dist/1"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -237,23 +238,6 @@ def _differs(path: Path, facts: dict[str, Any]) -> str | None:
         return "is missing"
     except (OSError, KeyError, TypeError) as error:
         return f"can't be checked ({type(error).__name__})"
-
-
-def write_atomic(path: Path, text: str, writer: str = "") -> None:
-    """Write a text file whole or not at all; processes that may do so at the same time give each a `writer`."""
-    beside = path.with_name(f".{path.name}{writer}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Have the system put a file's bytes, or a folder's names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def step_of(path: Path) -> int:

@@ -6,7 +6,6 @@ the operations that change nothing its own labels depend on; a blank label forbi
 
 from __future__ import annotations
 
-import math
 import os
 import random
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.data.pictures import BACKGROUND
+from hybrid_dist.data.resize import bounds, fitted, resize, shrink
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask PyPI for news while it is imported
 import albumentations as A
@@ -39,8 +39,6 @@ SMALLEST = 0.85
 """Of the scales that training draws from, up to 1."""
 STEEPEST = 7.0
 """Of the angles that training draws from, in degrees to either side."""
-LINEAR_LIMIT = 1.25
-"""How much linear interpolation alone may shrink."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ class Augment:
         """
         picture = shrink(picture, self.image_size)
         if not self.train:
-            height, width = _fitted(picture, self.image_size, 1.0, 0.0)
-            content = _resize(picture, width, height)
+            height, width = fitted(picture, self.image_size, 1.0, 0.0)
+            content = resize(picture, width, height)
             return self._place(content, (self.image_size - width) // 2, (self.image_size - height) // 2)
         forbidden = self.forbidden(present)
         draw = random.Random(key)
@@ -129,10 +127,10 @@ class Augment:
         if not RESAMPLING & forbidden:
             scale = draw.uniform(SMALLEST, 1.0)
             angle = draw.uniform(-STEEPEST, STEEPEST) if draw.random() < 0.5 else 0.0
-        height, width = _fitted(picture, self.image_size, scale, angle)
+        height, width = fitted(picture, self.image_size, scale, angle)
         pipeline = self._pipeline(forbidden)
         pipeline.set_random_state(np.random.default_rng(key), draw)
-        content = pipeline(image=_resize(picture, width, height))["image"]
+        content = pipeline(image=resize(picture, width, height))["image"]
         if angle:
             return self._turn(content, angle, draw)
         return self._place(content, draw.randint(0, self.image_size - width), draw.randint(0, self.image_size - height))
@@ -151,52 +149,9 @@ class Augment:
         """Turn about the centre and place anywhere that keeps all four corners inside."""
         height, width = content.shape[:2]
         matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
-        tall, wide = _bounds(height, width, angle)
+        tall, wide = bounds(height, width, angle)
         # The centre's place: half the bounds from either side, and anywhere between.
         matrix[0, 2] += draw.uniform(wide / 2, self.image_size - wide / 2) - width / 2
         matrix[1, 2] += draw.uniform(tall / 2, self.image_size - tall / 2) - height / 2
         size = (self.image_size, self.image_size)
         return cv2.warpAffine(content, matrix, size, flags=cv2.INTER_LINEAR, borderValue=BACKGROUND)
-
-
-def _bounds(height: float, width: float, angle: float) -> tuple[float, float]:
-    """Height and width of the upright box around a rectangle turned by `angle` degrees."""
-    cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
-    return height * cos + width * sin, width * cos + height * sin
-
-
-def _fitted(picture: np.ndarray, size: int, scale: float, angle: float) -> tuple[int, int]:
-    """Height and width at which the picture, turned by `angle`, takes `scale` of a square's side and fits into it."""
-    height, width = picture.shape[:2]
-    factor = scale * size / max(_bounds(height, width, angle))
-    return _floor(height * factor), _floor(width * factor)
-
-
-def _floor(length: float) -> int:
-    # Rounded down, for half a pixel more would not fit; the bit on top forgives what floating point lost.
-    return max(1, int(length + 1e-6))
-
-
-def shrink(picture: np.ndarray, size: int) -> np.ndarray:
-    """The picture no larger than a square of `size`; one that fits stays as it is.
-
-    A step of its own before any chance comes in: a data set that is packed has it behind it, once for all epochs.
-    """
-    height, width = picture.shape[:2]
-    if max(height, width) <= size:
-        return picture
-    height, width = _fitted(picture, size, 1.0, 0.0)
-    return _resize(picture, width, height)
-
-
-def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize; shrinking averages over every pixel, so that fine detail can't alias into false sharpness.
-
-    INTER_AREA is fast for whole factors alone (3 to 6 times), so the picture is first brought linearly to a near
-    multiple of the size. Linear interpolation misses nothing as long as it shrinks by little.
-    """
-    if picture.shape[:2] == (height, width):
-        return picture
-    factor = max(1, math.ceil(max(picture.shape[1] / width, picture.shape[0] / height) / LINEAR_LIMIT))
-    near = cv2.resize(picture, (width * factor, height * factor), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(near, (width, height), interpolation=cv2.INTER_AREA) if factor > 1 else near

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
+from hybrid_dist.data.packed import Packed
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import signal_on_parents_death
@@ -102,8 +103,17 @@ class Whereabouts:
 class Samples(Dataset[Batch]):
     """A split's samples. Indexed with a list of keys `(epoch, row)`, it returns a whole `Batch`."""
 
-    def __init__(self, table: Table, augment: Augment, seed: int, phase: str, digest: bool = False) -> None:
+    def __init__(
+        self,
+        table: Table,
+        augment: Augment,
+        seed: int,
+        phase: str,
+        digest: bool = False,
+        packed: Packed | None = None,
+    ) -> None:
         self.table = table
+        self.packed = packed
         self.augment = augment
         self.seed = seed
         self.phase = phase
@@ -150,7 +160,9 @@ class Samples(Dataset[Batch]):
         )
 
     def picture(self, row: int) -> np.ndarray:
-        """The row's picture: uint8 (height, width, 3), RGB."""
+        """The row's picture, no smaller than the augmentation needs it: uint8 (height, width, 3), RGB."""
+        if self.packed is not None:
+            return self.packed.picture(row)
         return read_picture(self.table.images / self.table.filename(row), self.augment.image_size)
 
     def _labels(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], list[list[str]]]:

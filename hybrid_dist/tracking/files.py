@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybrid_dist.checkpoint import write_atomic
+from hybrid_dist.files import write_atomic
 
 
 class Lines:

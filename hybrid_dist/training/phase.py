@@ -111,9 +111,8 @@ class PhaseLoop:
 
     def _bad_pictures(self) -> BadPictures:
         job, keep = self.job, self.state.positions.get(BAD_PICTURES, 0)
-        tables = {"train": job.train_table, "val": job.val_table}
         path, limit = job.folder / f"{BAD_PICTURES}.csv", self.config.data.max_bad
-        return BadPictures(path, keep, tables, limit, self.control, job.terminal.say)
+        return BadPictures(path, keep, job.tables, limit, self.control, job.terminal.say)
 
     def run(self) -> Found:
         """Make the phase's steps. Returns its last checkpoint.

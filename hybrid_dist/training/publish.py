@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from hybrid_dist.checkpoint import MANIFEST, Damaged, Found, inspect, sync, write_atomic
+from hybrid_dist.checkpoint import MANIFEST, Damaged, Found, inspect
 from hybrid_dist.config import Config
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import sync, write_atomic
 
 PREDICTIONS = "predictions_val.csv"
 BEST = "best.safetensors"

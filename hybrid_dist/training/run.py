@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from safetensors.torch import load_file
 
-from hybrid_dist.checkpoint import Damaged, Found, PieceReader, RunLock, Saver, Store, inspect, write_atomic
+from hybrid_dist.checkpoint import Damaged, Found, PieceReader, RunLock, Saver, Store, inspect
 from hybrid_dist.config import Config, PhaseConfig, load_config
 from hybrid_dist.data.annotations import (
     Table,
@@ -29,8 +30,11 @@ from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
+from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
+from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Topology, make_engine
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import Status, Terminal
 from hybrid_dist.training.optim import param_groups
@@ -66,6 +70,8 @@ class Job:
     tasks: list[Task]
     train_table: Table
     val_table: Table
+    packed: dict[str, Packed]
+    """Those of the splits, `train` and `val`, that are read from a packed copy."""
     store: Store
     saver: Saver
     lock: RunLock
@@ -73,6 +79,16 @@ class Job:
     watch: Watch
     status: Status
     terminal: Terminal
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """By split."""
+        return {"train": self.train_table, "val": self.val_table}
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """By split."""
+        return {"train": Source(self.config.data.train_images), "val": Source(self.config.data.val_images)}
 
     def length(self, phase: PhaseConfig) -> Length:
         return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
@@ -90,14 +106,17 @@ class Job:
         workers = resolve_workers(data.workers, topology.local_world_size)
         pin = topology.device.type == "cuda"
         augment = Augment(data.image_size, config.tasks, train=data.augment)
-        samples = Samples(self.train_table, augment, seed, phase.name, digest=config.debug.trace)
+        samples = Samples(
+            self.train_table, augment, seed, phase.name, digest=config.debug.trace, packed=self.packed.get("train")
+        )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
             topology.rank, topology.world_size, seed, phase.name, start, end,
         )  # fmt: skip
-        plain = Samples(self.val_table, Augment(data.image_size, config.tasks, train=False), seed, phase.name)
+        plain = Augment(data.image_size, config.tasks, train=False)
+        val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
-        return make_loader(samples, order, workers, pin), make_loader(plain, val_order, workers, pin)
+        return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -112,6 +131,9 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
     job = _agree(topology, lambda: prepare(config, topology, stop))
+    for split in _decide(topology, lambda: _choose_packed(job)):
+        job.packed[split] = _agree(topology, lambda: _open_packed(job, split))  # noqa: B023 (called at once)
+        job.terminal.say(f"{split} pictures come from {job.packed[split].folder}")
     _decide(topology, lambda: _check_pictures(job))
     try:
         return _go(job, only, fresh)
@@ -162,8 +184,6 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     train = config.train
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
-    if data.packed == "always":
-        raise UserError("data.packed: always, but there is no packed copy of these pictures; auto would do")
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
     val_table = read_table(Path(data.val_csv), Path(data.val_images), config.tasks, class_maps)
     if topology.world_size > len(train_table):
@@ -182,15 +202,37 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     watch = Watch(config.folder, place, config.train.stall_timeout, status.failed)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
-        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table,
+        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
     )  # fmt: skip
 
 
+def _choose_packed(job: Job) -> list[str]:
+    data = job.config.data
+    chosen = {
+        split: choose_packed(data.packed, table, job.sources[split], data.image_size, job.terminal.say)
+        for split, table in job.tables.items()
+    }
+    return [split for split, is_packed in chosen.items() if is_packed]
+
+
+def _open_packed(job: Job, split: str) -> Packed:
+    """On a rank of another machine it may not be there."""
+    try:
+        packed = open_packed(job.tables[split], job.sources[split], job.config.data.image_size, look=False)
+    except Stale as reason:
+        raise UserError(f"on {socket.gethostname()}: {reason}") from None
+    if packed is None:
+        raise UserError(f"on {socket.gethostname()}: there is no packed copy of {job.tables[split].csv}")
+    return packed
+
+
 def _check_pictures(job: Job) -> None:
     """Those of both splits are there, but for as many as may be bad."""
-    for table in (job.train_table, job.val_table):
+    for split, table in job.tables.items():
+        if split in job.packed and not job.sources[split].there():
+            continue
         missing = check_pictures(table, job.config.data.max_bad)
         if missing is not None:
             job.terminal.say(f"warning: {missing}")

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from hybrid_dist import cli
 from hybrid_dist.checkpoint import Found, Store
 from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
@@ -469,6 +470,30 @@ def test_a_best_that_is_not_what_was_written(
     assert call(long) == 2
     assert f"train.py: {best}: " in capsys.readouterr().err
     assert not (run / "model").exists()
+
+
+def test_from_a_packed_copy(call: Callable[..., int], broken: Path, tmp_path: Path, capsys: Any) -> None:
+    """Catches: a trajectory that depends on whether the pictures were packed, or on where they lie."""
+    where = ("data.max_bad=0.05",)
+    assert call(broken, *where) == 0
+    assert cli.main(["pack", "--config", str(broken)]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/data/train.packed-96: 56 pictures, 1 of them can't be used" in out
+    assert call(broken, *where, f"run.dir={tmp_path / 'packed'}", "data.packed=always") == 0
+    assert "train pictures come from" in capsys.readouterr().err
+    expect_same_run(tmp_path / "packed" / "tiny", folder(broken))
+    assert (tmp_path / "packed/tiny/bad_pictures.csv").read_text() == BAD
+
+    # Somewhere else by now, as far as training is concerned.
+    urls = [f"data.{split}_images=zip://{split}::file://{tmp_path}/gone.zip" for split in ("train", "val")]
+    shutil.rmtree(tmp_path / "data/train")
+    shutil.rmtree(tmp_path / "data/val")
+    assert call(broken, *where, *urls, f"run.dir={tmp_path / 'remote'}") == 0
+    expect_same_run(tmp_path / "remote" / "tiny", folder(broken))
+    shutil.rmtree(tmp_path / "data/val.packed-96")
+    assert call(broken, *where, *urls, f"run.dir={tmp_path / 'none'}") == 2
+    assert "hybrid-dist pack" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def stop_at(monkeypatch: Any, run: Path, phase_step: int) -> None:
