@@ -6,6 +6,7 @@ values, not at rows: ten million rows cost seconds. Blank means «no label» eve
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_module
 import os
 import re
@@ -76,7 +77,8 @@ class Table:
 class Problem:
     """One thing that is wrong with a table.
 
-    kind: `table`, `ragged`, `column`, `class-file`, `filename`, `score`, `class` or `no-label`.
+    kind: `table`, `ragged`, `column`, `class-file`, `filename`, `score`, `class`, `no-label`; `unseen` from a survey
+        alone, for training goes on without these labels.
     complaint: what is wrong, without the lines.
     texts: what training is refused with, lines included; made on request, for it takes a pass over the file.
     rows: int64 (n,), the rows that it is about; none where it is about the file as a whole.
@@ -262,14 +264,14 @@ def _listed(images: Path, folders: Sequence[str]) -> Iterator[pa.Array]:
         path = images / folder
         prefix = folder.encode()
         names: list[bytes] = []
-        if path.is_dir():
-            with os.scandir(os.fsencode(path)) as entries:
-                for entry in entries:
-                    if entry.is_file():
-                        names.append(prefix + entry.name)
-                    if len(names) == 100_000:
-                        yield pa.array(names, pa.large_binary())
-                        names = []
+        # A folder that isn't there, can't be listed or has a name too long has no picture that could be read.
+        with contextlib.suppress(OSError), os.scandir(os.fsencode(path)) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    names.append(prefix + entry.name)
+                if len(names) == 100_000:
+                    yield pa.array(names, pa.large_binary())
+                    names = []
         yield pa.array(names, pa.large_binary())
 
 
@@ -658,6 +660,10 @@ def _class_labels(
     if strangers and training:
         wrong[f"not in {label_columns(column).stem}_classes.json, which has {len(class_map)} classes"] = strangers
         strangers = []
+    if strangers and sheet.problems.collect:
+        rows = np.flatnonzero(np.isin(cells.codes, strangers))
+        complaint = f"{column} of a class that training never saw"
+        sheet.report("unseen", rows, complaint, lambda row: cells.text(cells.codes[row]))
     for complaint, pairs in wrong.items():
         rows = np.flatnonzero(np.isin(cells.codes, pairs))
         sheet.report("class", rows, f"{column} {complaint}", lambda row: _beside(cells, cells.codes[row], class_map))
