@@ -15,6 +15,8 @@ from hybrid_dist.data.check.labels import contradiction
 from hybrid_dist.data.check.pictures import Pictures
 from hybrid_dist.data.check.tables import Split
 
+_LOOKED_THROUGH = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class _Members:
@@ -37,16 +39,13 @@ def copy_findings(splits: list[Split], files: Files, pictures: Pictures) -> Iter
     """
     members = _members(splits, files, pictures)
     found: dict[tuple[str, str], list[Example]] = defaultdict(list)
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for kind, example, count in (*_equal(splits, members), *_near(splits, members, pictures)):
+    for kind, example in (*_equal(splits, members), *_near(splits, members, pictures)):
         names = {place.split for place in example.places}
-        where = names.pop() if len(names) == 1 else "both"
-        found[kind, where].append(example)
-        counts[kind, where] += count
+        found[kind, names.pop() if len(names) == 1 else "both"].append(example)
     words = {
         "leak": "{} of val in train too, pixel for pixel",
         "copy-otherwise": "{} of equal pictures with different labels",
-        "near-leak": "{} of val that look like pictures of train",
+        "near-leak": "{} of val looking like pictures of train",
         "near-otherwise": "{} of pictures that look the same, with different labels",
         "copy": "{} of equal pictures",
         "near": "{} of pictures that look the same",
@@ -57,8 +56,8 @@ def copy_findings(splits: list[Split], files: Files, pictures: Pictures) -> Iter
                 examples.sort(key=lambda example: (example.places[0].split, example.places[0].line or 0))
                 noun = "picture" if kind in ("leak", "near-leak") else "group"
                 what = f"{'train and val' if where == 'both' else where}: "
-                what += text.format(plural(counts[kind, where], noun))
-                yield Finding(kind, where, what, counts[kind, where], first(examples))
+                what += text.format(plural(len(examples), noun))
+                yield Finding(kind, where, what, len(examples), first(examples))
 
 
 def _members(splits: list[Split], files: Files, pictures: Pictures) -> _Members:
@@ -86,48 +85,42 @@ def _groups(numbers: np.ndarray) -> Iterator[np.ndarray]:
 
 def _example(splits: list[Split], members: _Members, group: np.ndarray, detail: str = "") -> Example:
     shown = [splits[members.split[i]].place(int(members.row[i])) for i in group[:PLACES]]
-    more = f"and {len(group) - PLACES:,} more" if len(group) > PLACES else ""
-    return Example(tuple(shown), " ".join(part for part in (more, f"({detail})" if detail else "") if part))
+    more = f"{len(group):,} in all" if len(group) > PLACES else ""
+    return Example(tuple(shown), "; ".join(part for part in (detail, more) if part))
 
 
-def _equal(splits: list[Split], members: _Members) -> Iterator[tuple[str, Example, int]]:
-    """Kind, example and count of each group of equal pictures."""
+def _equal(splits: list[Split], members: _Members) -> Iterator[tuple[str, Example]]:
+    """Kind and example of each group of equal pictures."""
     for group in _groups(members.digest):
-        rows = [(splits[members.split[i]], int(members.row[i])) for i in group]
-        val = members.split[group] == 1
-        detail = contradiction(rows)
-        if val.any() and not val.all():
-            # One of each first: an example may not show all.
-            leaked = np.concatenate([group[val][:1], group[~val], group[val][1:]])
-            yield "leak", _example(splits, members, leaked), int(val.sum())
+        detail = contradiction([(splits[members.split[i]], int(members.row[i])) for i in group])
+        trained, tested = group[members.split[group] == 0], group[members.split[group] == 1]
+        if len(trained):
+            for one in tested:
+                yield "leak", _example(splits, members, np.concatenate([[one], trained]))
         if detail:
-            yield "copy-otherwise", _example(splits, members, group, detail), 1
-        elif val.all() or not val.any():
-            yield "copy", _example(splits, members, group), 1
+            yield "copy-otherwise", _example(splits, members, group, detail)
+        elif not len(trained) or not len(tested):
+            yield "copy", _example(splits, members, group)
 
 
-def _near(splits: list[Split], members: _Members, pictures: Pictures) -> Iterator[tuple[str, Example, int]]:
+def _near(splits: list[Split], members: _Members, pictures: Pictures) -> Iterator[tuple[str, Example]]:
     """The same for pictures that look the same; equal ones among them are told already, and count as one."""
-    trained = set(members.digest[members.split == 0].tolist())
+    known = set(members.digest[members.split == 0].tolist())
+    look = pictures.look[members.file]
     for group in _groups(members.group):
         keys = members.digest[group] * len(splits) + members.split[group]
         group = group[np.sort(np.unique(keys, return_index=True)[1])]
         if len(np.unique(members.digest[group])) == 1:
             continue
         detail = contradiction([(splits[members.split[i]], int(members.row[i])) for i in group], scores=False)
-        val = members.split[group] == 1
-        new = np.array([members.digest[i] not in trained for i in group]) & val
-        if new.any() and not val.all():
-            nearest = _by_distance(members, pictures, int(group[new][0]), group[~val])
-            leaked = np.concatenate([group[new][:1], nearest, group[new][1:]])
-            yield "near-leak", _example(splits, members, leaked), int(new.sum())
+        trained, tested = group[members.split[group] == 0], group[members.split[group] == 1]
+        for one in tested if len(trained) else ():
+            if members.digest[one] not in known:
+                # The nearest first, of as many as can be looked through for each picture of a large group.
+                some = trained[:_LOOKED_THROUGH]
+                nearest = some[np.argsort(np.bitwise_count(look[some] ^ look[one]), kind="stable")]
+                yield "near-leak", _example(splits, members, np.concatenate([[one], nearest]))
         if detail:
-            yield "near-otherwise", _example(splits, members, group, detail), 1
-        elif val.all() or not val.any():
-            yield "near", _example(splits, members, group), 1
-
-
-def _by_distance(members: _Members, pictures: Pictures, one: int, others: np.ndarray) -> np.ndarray:
-    """`others`, int64 (k,), those first that look most like `one`."""
-    look = pictures.look[members.file]
-    return others[np.argsort(np.bitwise_count(look[others] ^ look[one]), kind="stable")]
+            yield "near-otherwise", _example(splits, members, group, detail)
+        elif not len(trained) or not len(tested):
+            yield "near", _example(splits, members, group)

@@ -76,16 +76,19 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a split's table, and the file that it names; one of both may be unknown (None)."""
+    """A line of a split's table and the file that it names, or one of both alone."""
 
     split: str
-    csv: str
-    line: int | None
-    file: str | None
+    csv: str | None = None
+    line: int | None = None
+    file: str | None = None
 
-    def __str__(self) -> str:
-        where = self.csv if self.line is None else f"{self.csv} line {self.line}"
-        return where if self.file is None else f"{where}: {self.file!r}"
+    def text(self, csv: str | None = None) -> str:
+        """As `train.csv line 3: 'x.jpg'`; without the table where that is the one named before."""
+        line = None if self.line is None else f"line {self.line}"
+        table = None if self.csv == csv and line else self.csv
+        where = " ".join(part for part in (table, line) if part)
+        return ": ".join(part for part in (where, self.file and repr(self.file)) if part)
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,20 @@ class Example:
     places: tuple[Place, ...]
     detail: str = ""
 
-    def __str__(self) -> str:
-        # A cell is worth more than the file beside it, and often says the same.
-        places = " = ".join(str(place) for place in self.places)
-        return f"{places} {self.detail}".rstrip()
+    def text(self, most: int = PLACES) -> str:
+        """As a line that names the first `most` places."""
+        before = (None, *(place.csv for place in self.places))
+        places = " = ".join(place.text(csv) for place, csv in zip(self.places[:most], before, strict=False))
+        more = f" and {len(self.places) - most} more" if len(self.places) > most else ""
+        return f"{places}{more}: {self.detail}" if self.detail else places + more
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Everything of one kind that is wrong with one split, or between both. `examples` are the first `EXAMPLES`."""
+    """Everything of one kind that is wrong with one split, or between both.
+
+    `examples` are the first `EXAMPLES` of `count` cases; none where one sentence says it all.
+    """
 
     kind: str
     split: str

@@ -115,7 +115,7 @@ def _nearly(split: Split, table: Table, rows: list[int]) -> dict[int, str]:
         name = table.filename(row).lower()
         other = others.get(name) or others.get(os.path.splitext(name)[0])  # noqa: PTH122
         if other is not None:
-            found[row] = f"(there is {other!r})"
+            found[row] = f"there is {other!r}"
     return found
 
 
@@ -139,9 +139,7 @@ def folder_findings(splits: list[Split], files: Files) -> Iterator[Finding]:
         extra = [name for name in _walk(folder) if (path := f"{folder}/{name}") not in named and path not in seen]
         seen |= {f"{folder}/{name}" for name in extra}
         if extra:
-            examples = first(
-                Example((Place(split.name, str(split.csv), None, legible(f"{split.images}/{name}")),)) for name in extra
-            )
+            examples = first(Example((Place(split.name, file=legible(f"{split.images}/{name}")),)) for name in extra)
             what = f"{split.name}: {plural(len(extra), 'file')} in {split.images} that no table names"
             yield Finding("extra", split.name, what, len(extra), examples)
     for number, split in enumerate(splits):
@@ -166,7 +164,7 @@ def _links(split: Split, files: Files, number: int) -> Iterator[Finding]:
         if not target.startswith(real + "/"):
             outside.append((int(row), target))
     if outside:
-        examples = first(Example((split.place(row),), f"→ {legible(target)}") for row, target in sorted(outside))
+        examples = first(Example((split.place(row),), f"is {legible(target)!r}") for row, target in sorted(outside))
         what = f"{split.name}: {plural(len(outside), 'picture')} linked from outside {split.images}"
         yield Finding("link", split.name, what, len(outside), examples)
 
@@ -185,8 +183,11 @@ def _repeated(split: Split, files: Files, number: int) -> Iterator[Finding]:
             detail = contradiction([(split, int(row)) for row in rows])
             example = Example(tuple(split.place(int(row)) for row in rows[:PLACES]), detail)
             (contradicting if detail else alike).append(example)
-    for kind, found, how in (("repeated-otherwise", contradicting, "different"), ("repeated", alike, "the same")):
+    for kind, found, how in (
+        ("repeated-otherwise", contradicting, "with labels that contradict each other"),
+        ("repeated", alike, "the labels agree"),
+    ):
         if found:
             found.sort(key=lambda example: example.places[0].line or 0)
-            what = f"{split.name}: {plural(len(found), 'file')} on several lines, with {how} labels"
+            what = f"{split.name}: {plural(len(found), 'file')} on several lines, {how}"
             yield Finding(kind, split.name, what, len(found), first(found))

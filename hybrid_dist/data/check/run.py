@@ -103,15 +103,20 @@ def check_data(
     Args:
         config: says where the data set is, which tasks it is for and how large the model sees a picture.
         workers: processes that decode; 0: none but this one; None: a core each.
-        progress: told how many pictures of how many are decoded.
+        progress: told how many pictures of how many are decoded, 0 at first.
     """
     splits = read_splits(config)
     files, findings = named_files(splits)
     findings += table_findings(splits, config.tasks)
     findings += folder_findings(splits, files)
     there = [path for path, is_there in zip(files.paths, files.there, strict=True) if is_there]
-    told = None if progress is None else (lambda done: progress(done, len(there)))
-    pictures = _spread_out(measure(there, workers, told), files.there)
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(done, len(there))
+
+    tell(0)
+    pictures = _spread_out(measure(there, workers, tell), files.there)
     findings += picture_findings(splits, files, pictures, config.data.image_size)
     findings += copy_findings(splits, files, pictures)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))

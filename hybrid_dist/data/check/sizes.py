@@ -59,7 +59,7 @@ def _of_split(
     for kind, test, words in tests:
         found = np.flatnonzero(good & test)
         if len(found):
-            examples = first(Example((split.place(int(rows[i])),), f"({width[i]} × {height[i]})") for i in found)
+            examples = first(Example((split.place(int(rows[i])),), f"{width[i]} × {height[i]}") for i in found)
             what = f"{split.name}: {plural(len(found), 'picture')} {words}"
             yield Finding(kind, split.name, what, len(found), examples)
     yield from _extensions(split, of_file, rows, pictures)

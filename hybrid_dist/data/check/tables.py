@@ -89,7 +89,9 @@ def _complaint(split: Split, problem: Problem) -> Finding:
         # The complaint names the file, if it is about one.
         where = "" if str(split.csv.parent) in problem.complaint else f"{split.csv}: "
         return Finding(problem.kind, split.name, where + problem.complaint, 1)
-    examples = first(Example((split.place(int(row)),), problem.cell(int(row))) for row in problem.rows)
+    # A complaint about the file name would only say it twice.
+    detail = (lambda row: "") if problem.kind == "filename" else problem.cell
+    examples = first(Example((split.place(int(row)),), detail(int(row))) for row in problem.rows)
     what = f"{split.name}: {plural(len(problem.rows), 'line')}: {problem.complaint}"
     return Finding(problem.kind, split.name, what, len(problem.rows), examples)
 
@@ -124,7 +126,7 @@ def _training_classes(split: Split, table: Table, task: str, class_map: ClassMap
 
 
 def _class_example(split: Split, name: str, count: int) -> Example:
-    return Example((Place(split.name, str(split.csv), None, None),), f"{name!r} ({plural(count, 'row')})")
+    return Example((Place(split.name, str(split.csv)),), f"{name!r}, {plural(count, 'row')}")
 
 
 def _one_value(split: Split, table: Table, task: str) -> Iterator[Finding]:
@@ -141,9 +143,10 @@ def _between(train: Table, split: Split, val: Table, class_maps: Mapping[str, Cl
     for task, counts in lacking.items():
         indices = [known[task].by_name[name] for name in counts]
         rows = np.flatnonzero(np.isin(val.labels[task], indices))
-        what = f"val: {plural(len(counts), 'class')} of task {task} without a training picture"
+        what = f"val: {plural(len(rows), 'row')} of {plural(len(counts), 'class')} of task {task} "
+        what += "that no training row has"
         examples = first(Example((split.place(int(row)),), repr(_class(val, task, known, int(row)))) for row in rows)
-        yield Finding("untrained", split.name, what, len(counts), examples)
+        yield Finding("untrained", split.name, what, len(rows), examples)
     for task, count in val.valid_counts().items():
         # Labels of unknown classes are told as such.
         if count == 0 and task not in val.unseen and task in train.labels and train.valid(task).any():
