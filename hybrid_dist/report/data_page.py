@@ -106,7 +106,7 @@ def _finding(finding: Finding, album: Album) -> dict[str, Any]:
     return {
         "finding": finding,
         "examples": [(example, _pictures(example, album)) for example in examples],
-        "more": max(len(finding.examples) - EXAMPLES, 0),
+        "more": finding.count - EXAMPLES if len(finding.examples) > EXAMPLES else 0,
     }
 
 

@@ -115,8 +115,8 @@ def _figure(name: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
         for side in ("left", "bottom"):
             axes.spines[side].set_color(_INK)
         axes.tick_params(colors=_INK)
-        legend = axes.legend(frameon=False, labelcolor=_INK)
-        legend.set_zorder(3)
+        # Beside the axes: within, it would lie on bars.
+        figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
         out = io.StringIO()
         figure.savefig(
             out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

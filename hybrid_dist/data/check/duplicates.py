@@ -27,7 +27,7 @@ with 3 % cut off each edge is found in one case of seven.
 
 _ROUNDS = 32
 _SLICE = 20_000
-_BATCH = 1_000_000
+_BATCH = 100_000
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -109,6 +109,8 @@ def same_looking(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     edges: list[np.ndarray] = []
     for pair in near_pairs(hashes[leaders], DISTANCE):
         left, right = (leaders[side] for side in pair)
+        apart = groups[left] != groups[right]
+        left, right = left[apart], right[apart]
         same = alike(thumbs, left, right)
         edges.append(np.stack([left[same], right[same]]))
         if sum(batch.shape[1] for batch in edges) > _BATCH:
