@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,31 @@ if TYPE_CHECKING:
 
 def synth(arguments: argparse.Namespace) -> int:
     """Render a data set."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from hybrid_dist.data.synth import is_rendered, render_dataset
 
     total = arguments.train + arguments.val
     if is_rendered(arguments.out, arguments.train, arguments.val, arguments.seed):
         print(f"{arguments.out}: its {total} pictures are there already")
         return 0
-    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with _progress("rendering") as tell:
         render_dataset(
             arguments.out, arguments.train, arguments.val, arguments.seed,
-            workers=arguments.workers, progress=lambda done: bar.update(task, completed=done),
+            workers=arguments.workers, progress=lambda done: tell(done, total),
         )  # fmt: skip
     print(f"{arguments.out}: {total} pictures")
     return 0
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; it is told how many of how many are done, and is gone in the end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -85,25 +93,14 @@ def check_data(arguments: argparse.Namespace) -> int:
     from hybrid_dist.config import load_config
     from hybrid_dist.data.check import check_data
     from hybrid_dist.report.data_text import print_check
-    from hybrid_dist.tracking.terminal import Terminal
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
     if arguments.html and not arguments.html.absolute().parent.is_dir():
         raise UserError(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
-    terminal = Terminal(quiet=False)
-
-    def progress(done: int, total: int) -> None:
-        if done:
-            terminal.advance(done)
-        else:
-            terminal.begin("decoding pictures", 0, total)
-
-    try:
-        check = check_data(config, arguments.workers, progress)
-    finally:
-        terminal.end()
+    with _progress("decoding pictures") as tell:
+        check = check_data(config, arguments.workers, tell)
     if arguments.html:
         from hybrid_dist.report.data_page import write_page
 

@@ -99,7 +99,8 @@ def _kind_of_file(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except OSError:
-        return "is a link to nothing" if path.is_symlink() else ""
+        # Not Path.is_symlink: it raises for a name that is too long.
+        return "is a link to nothing" if os.path.islink(path) else ""  # noqa: PTH114
     return _KINDS_OF_FILE.get(stat.S_IFMT(mode), "")
 
 
