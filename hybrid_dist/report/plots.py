@@ -44,18 +44,18 @@ def histogram(name: str, values: Mapping[str, np.ndarray]) -> str:
 
 
 def scores(name: str, counts: Mapping[str, Sequence[int]]) -> str:
-    """How scores in 0–1 are spread in each split, from counts in bins of equal width."""
+    """How a task's scores in 0–1 are spread in each split, from counts in bins of equal width."""
     shares = {split: np.array(values) / max(sum(values), 1) for split, values in counts.items()}
-    return _steps(name, shares, np.linspace(0, 1, len(next(iter(counts.values()))) + 1))
+    return _steps(f"task {name}", shares, np.linspace(0, 1, len(next(iter(counts.values()))) + 1))
 
 
 def class_shares(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Each class's share of each split as bars, the largest classes first."""
+    """Each class's share of each split as bars, the largest of a task's classes first."""
     classes = _largest(counts)
     if not classes:
         return ""
     height = 0.5 + 0.24 * len(classes)
-    with _figure(name, height) as (axes, made):
+    with _figure(f"task {name}", height) as (axes, made):
         place = np.arange(len(classes))
         for offset, (colour, (split, values)) in enumerate(zip(COLOURS, counts.items(), strict=False)):
             shares = [100 * values.get(label, 0) / max(sum(values.values()), 1) for label in classes]
@@ -130,4 +130,7 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    # An id may stand on a page once; most of matplotlib's are for nobody.
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     return svg.replace(_INK, "currentColor")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -117,7 +118,7 @@ def _as_arrays(facts: list[Facts]) -> Pictures:
         flat=np.array([one.flat for one in facts], bool),
         digest=np.frombuffer(b"".join(one.digest for one in facts), np.uint64).reshape(-1, 2),
         look=np.array([one.look for one in facts], np.uint64),
-        thumb=np.frombuffer(b"".join(one.thumb for one in facts), np.uint8).reshape(len(facts), -1),
+        thumb=np.frombuffer(b"".join(one.thumb for one in facts), np.uint8).reshape(-1, len(Facts("").thumb)),
     )
 
 
@@ -131,7 +132,9 @@ def facts_of(path: str) -> Facts:
         if status.st_size > LARGEST_FILE:
             return Facts(f"has {status.st_size:,} bytes, more than any picture")
         data = Path(path).read_bytes()
-        pixels = decode_picture(data, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd headers: what counts is whether there is a picture
+            return _facts(data, decode_picture(data, path))
     except PictureError as error:
         return Facts(error.reason)
     except OSError as error:
@@ -140,7 +143,6 @@ def facts_of(path: str) -> Facts:
         return Facts("takes more memory than there is")
     except Exception as error:  # what decoders raise for damaged files has no end; a check must get past them all
         return Facts(f"makes the decoder fail: {type(error).__name__}: {error}")
-    return _facts(data, pixels)
 
 
 def _facts(data: bytes, pixels: np.ndarray) -> Facts:
