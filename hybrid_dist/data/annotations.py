@@ -218,11 +218,15 @@ def _surveyed(read: Callable[[], tuple[Table, dict[str, ClassMap]]], problems: P
 
 def line_numbers(table: Table) -> np.ndarray:
     """The line of the CSV that each row starts on, as an editor counts: int64 (rows,)."""
-    records = list(_records(table.csv))
-    if len(records) != len(table) + 1:
+    try:
+        records = ((line, len(record)) for line, record in _records(table.csv))
+        found = np.fromiter(records, np.dtype((np.int64, 2)))  # (records, 2): line and number of cells, header first
+    except csv_module.Error:  # a cell of more than 128 kB, which Arrow takes
+        return np.arange(len(table)) + 2
+    if len(found) != len(table) + 1:
         # A survey leaves out the records that have too many or too few cells.
-        records = [(line, record) for line, record in records if len(record) == len(records[0][1])]
-    return np.array([line for line, _ in records[1 : len(table) + 1]], np.int64)
+        found = found[found[:, 1] == found[0, 1]]
+    return found[1 : len(table) + 1, 0]
 
 
 def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) -> dict[str, dict[str, int]]:

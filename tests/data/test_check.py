@@ -411,6 +411,17 @@ def test_lines_after_a_ragged_one(data: Data, check: Callable[..., Any]) -> None
     assert finding["examples"][0]["places"][0]["line"] == data_row + 3
 
 
+def test_lines_of_a_table_with_an_endless_cell(data: Data, check: Callable[..., Any]) -> None:
+    """Catches: a traceback for what Arrow reads and Python's own reader refuses."""
+    data.add("gone.png")
+    path = data.folder / "train.csv"
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header + ",note", lines[0] + "," + "x" * 200_000, *(line + "," for line in lines[1:])]))
+    _, answer = check()
+    (finding,) = answer["findings"]
+    assert finding["examples"][0]["places"][0]["line"] == 62
+
+
 def test_one_folder_for_both_splits(data: Data, check: Callable[..., Any]) -> None:
     """Catches: the other split's pictures called extra, and a file that both splits name passed over."""
     for path in (data.folder / "val").iterdir():

@@ -83,9 +83,11 @@ def _groups(numbers: np.ndarray) -> Iterator[np.ndarray]:
             yield group
 
 
-def _example(splits: list[Split], members: _Members, group: np.ndarray, detail: str = "") -> Example:
+def _example(splits: list[Split], members: _Members, group: np.ndarray, detail: str = "", total: int = 0) -> Example:
+    """`total`: how many there are where `group` has the first ones alone."""
     shown = [splits[members.split[i]].place(int(members.row[i])) for i in group[:PLACES]]
-    more = f"{len(group):,} in all" if len(group) > PLACES else ""
+    total = total or len(group)
+    more = f"{total:,} in all" if total > PLACES else ""
     return Example(tuple(shown), "; ".join(part for part in (detail, more) if part))
 
 
@@ -96,7 +98,8 @@ def _equal(splits: list[Split], members: _Members) -> Iterator[tuple[str, Exampl
         trained, tested = group[members.split[group] == 0], group[members.split[group] == 1]
         if len(trained):
             for one in tested:
-                yield "leak", _example(splits, members, np.concatenate([[one], trained]))
+                pair = np.concatenate([[one], trained[:PLACES]])
+                yield "leak", _example(splits, members, pair, total=1 + len(trained))
         if detail:
             yield "copy-otherwise", _example(splits, members, group, detail)
         elif not len(trained) or not len(tested):
@@ -119,7 +122,8 @@ def _near(splits: list[Split], members: _Members, pictures: Pictures) -> Iterato
                 # The nearest first, of as many as can be looked through for each picture of a large group.
                 some = trained[:_LOOKED_THROUGH]
                 nearest = some[np.argsort(np.bitwise_count(look[some] ^ look[one]), kind="stable")]
-                yield "near-leak", _example(splits, members, np.concatenate([[one], nearest]))
+                pair = np.concatenate([[one], nearest[:PLACES]])
+                yield "near-leak", _example(splits, members, pair, total=1 + len(trained))
         if detail:
             yield "near-otherwise", _example(splits, members, group, detail)
         elif not len(trained) or not len(tested):
