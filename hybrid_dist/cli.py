@@ -142,6 +142,30 @@ def _checkpoint_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def check_data(arguments: argparse.Namespace) -> int:
+    """Tell everything that is wrong with a data set. Exits with 3 where there is an error or a warning."""
+    from hybrid_dist.config import load_config
+    from hybrid_dist.data.check import check_data
+    from hybrid_dist.report.data_text import print_check
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers {arguments.workers}: 0 or more would do")
+    if arguments.html and not arguments.html.absolute().parent.is_dir():
+        raise UserError(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
+    with _bar("decoding pictures") as tell:
+        check = check_data(config, arguments.workers, tell)
+    if arguments.html:
+        from hybrid_dist.report.data_page import write_page
+
+        write_page(check, arguments.html)
+    if arguments.json:
+        print(json.dumps(check.to_json(), indent=1))
+    else:
+        print_check(check)
+    return 3 if check.failed else 0
+
+
 def bench_checkpoint(arguments: argparse.Namespace) -> int:
     """How long a checkpoint holds training up, beside accelerator.save_state."""
     from hybrid_dist.bench.checkpoint import bench, describe
@@ -186,6 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     command.add_argument("--json", action="store_true", help="plain values on standard output")
     command.set_defaults(run=checkpoints)
+    _add_check_data(commands)
     _add_bench(commands)
     return parser
 
@@ -223,6 +248,18 @@ def _add_imports(commands: Any) -> None:
     command.set_defaults(run=import_folder)
 
 
+def _add_check_data(commands: Any) -> None:
+    command = commands.add_parser(
+        "check-data", help="tell everything that is wrong with a data set", description=check_data.__doc__
+    )
+    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/base.yaml")
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots and pictures, too")
+    command.add_argument("--workers", type=int, metavar="N", help="processes that decode; as many as there are cores")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=check_data)
+
+
 def _add_bench(commands: Any) -> None:
     benches = commands.add_parser("bench", help="measure, beside what people use now").add_subparsers(
         metavar="WHAT", required=True
@@ -249,7 +286,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 2 the user's to fix."""
+    """Entry point. Returns the exit code: 0 done, 2 the user's to fix, 3 a check did not hold, 130 by Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -6,12 +6,13 @@ values, not at rows: ten million rows cost seconds. Blank means «no label» eve
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_module
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,7 @@ class Table:
 
     @cached_property
     def _lines(self) -> np.ndarray:
-        """int64 (rows,); a walk through the whole file where blank lines or quoted line breaks shift the count."""
-        lines, end = 0, b""
-        with self.csv.open("rb") as file:
-            while block := file.read(1 << 24):
-                lines, end = lines + block.count(b"\n"), block[-1:]
-        if lines + (end != b"\n") == len(self) + 1:
-            return np.arange(2, len(self) + 2)
-        return np.fromiter((line for line, _ in _records(self.csv)), np.int64)[1:]
+        return line_numbers(self)
 
     def valid(self, task: str) -> np.ndarray:
         """Bool, shape (rows,): which rows carry the task's label."""
@@ -87,6 +81,69 @@ class Table:
         return {task: int(np.count_nonzero(self.valid(task))) for task in self.labels}
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One thing that is wrong with a table.
+
+    kind: `table`, `ragged`, `column`, `class-file`, `filename`, `score`, `class`, `no-label`; `unseen` from a survey
+        alone, for training goes on without these labels.
+    complaint: what is wrong, without the lines.
+    texts: what training is refused with, lines included; made on request, for it takes a pass over the file.
+    rows: int64 (n,), the rows that it is about; none where it is about the file as a whole.
+    cell: what to show of one of them.
+    """
+
+    kind: str
+    complaint: str
+    texts: Callable[[], list[str]]
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    cell: Callable[[int], str] = str
+
+
+class Problems:
+    """What was found wrong with a CSV so far. Training is refused with it; a check collects it and reads on."""
+
+    def __init__(self, csv: Path, collect: bool = False) -> None:
+        self.csv = csv
+        self.collect = collect
+        self.found: list[Problem] = []
+
+    def add(self, problem: Problem) -> None:
+        """Note a problem, unless it is noted already."""
+        if all((problem.kind, problem.complaint) != (other.kind, other.complaint) for other in self.found):
+            self.found.append(problem)
+
+    def refuse(self, kind: str, error: UserError) -> None:
+        """What training stops at, whatever else there may be.
+
+        Raises:
+            UserError: `error`, unless problems are collected.
+        """
+        if not self.collect:
+            raise error
+        self.add(Problem(kind, str(error), lambda: [str(error)]))
+
+    def settle(self) -> None:
+        """The point past which training does not go with problems.
+
+        Raises:
+            UserError: there are some, and they are not collected.
+        """
+        texts = [] if self.collect else [text for problem in self.found for text in problem.texts()]
+        if texts:
+            several = [""] if len(texts) > 1 else []
+            raise UserError(f"{self.csv}: " + "\n  ".join(several + texts))
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All that could be read of a split, and all that is wrong with it. No table: nothing could be read."""
+
+    table: Table | None
+    class_maps: dict[str, ClassMap]
+    problems: tuple[Problem, ...]
+
+
 def read_training(csv: Path, images: Path, tasks: Mapping[str, TaskConfig]) -> tuple[Table, dict[str, ClassMap]]:
     """Read the training split and make the class maps that every other split is read with.
 
@@ -96,17 +153,29 @@ def read_training(csv: Path, images: Path, tasks: Mapping[str, TaskConfig]) -> t
         UserError: the CSV can't be used, as in `read_table`; a class is missing
             from `…_classes.json`; or a task has no label.
     """
-    sheet = _read_sheet(csv, tasks)
+    return _read_training(csv, images, tasks, Problems(csv))
+
+
+def _read_training(
+    csv: Path, images: Path, tasks: Mapping[str, TaskConfig], problems: Problems
+) -> tuple[Table, dict[str, ClassMap]]:
+    sheet = _read_sheet(csv, tasks, problems)
     class_maps: dict[str, ClassMap] = {}
-    for name, task in tasks.items():
+    for name, task in sheet.tasks.items():
         if task.kind == "classification":
             cells = _class_cells(sheet, name, task.column)
+            before = len(problems.found)
             class_maps[name] = _make_class_map(sheet, cells, task.column)
-    sheet.raise_problems()
-    table = _build(sheet, images, tasks, class_maps, training=True)
+            if len(problems.found) > before:
+                # A map made of contradictions would only make more of them.
+                class_maps[name] = _map_of_names(cells)
+    problems.settle()
+    table = _build(sheet, images, class_maps, training=True)
     for name, count in table.valid_counts().items():
         if count == 0:
-            raise UserError(f"{csv}: no label for task {name}: {tasks[name].column} is blank in all {len(table)} rows")
+            column = tasks[name].column
+            error = f"{csv}: no label for task {name}: {column} is blank in all {len(table)} rows"
+            problems.refuse("no-label", UserError(error))
     return table, class_maps
 
 
@@ -118,7 +187,61 @@ def read_table(csv: Path, images: Path, tasks: Mapping[str, TaskConfig], class_m
             folder, a score that is no number in 0–1, an id that is no integer, or ids and names that contradict each
             other or the class map. Names the lines as an editor counts them.
     """
-    return _build(_read_sheet(csv, tasks), images, tasks, class_maps, training=False)
+    return _read_table(csv, images, tasks, class_maps, Problems(csv))[0]
+
+
+def _read_table(
+    csv: Path, images: Path, tasks: Mapping[str, TaskConfig], class_maps: Mapping[str, ClassMap], problems: Problems
+) -> tuple[Table, dict[str, ClassMap]]:
+    sheet = _read_sheet(csv, tasks, problems)
+    maps = dict(class_maps)
+    for name, task in sheet.tasks.items():
+        if problems.collect and task.kind == "classification" and name not in maps:
+            maps[name] = _map_of_names(_class_cells(sheet, name, task.column))
+    return _build(sheet, images, maps, training=False), maps
+
+
+def survey_training(csv: Path, images: Path, tasks: Mapping[str, TaskConfig]) -> Survey:
+    """As `read_training`, but never raises a UserError: what is wrong is told with what can be read all the same."""
+    problems = Problems(csv, collect=True)
+    return _surveyed(lambda: _read_training(csv, images, tasks, problems), problems)
+
+
+def survey_table(
+    csv: Path, images: Path, tasks: Mapping[str, TaskConfig], class_maps: Mapping[str, ClassMap]
+) -> Survey:
+    """As `read_table`, but never raises a UserError; what `class_maps` lacks is read by the split's own names."""
+    problems = Problems(csv, collect=True)
+    return _surveyed(lambda: _read_table(csv, images, tasks, class_maps, problems), problems)
+
+
+def _surveyed(read: Callable[[], tuple[Table, dict[str, ClassMap]]], problems: Problems) -> Survey:
+    try:
+        table, class_maps = read()
+    except UserError as error:
+        problems.refuse("table", error)
+        return Survey(None, {}, tuple(problems.found))
+    return Survey(table, class_maps, tuple(problems.found))
+
+
+def line_numbers(table: Table) -> np.ndarray:
+    """The line of the CSV that each row starts on, as an editor counts: int64 (rows,)."""
+    lines, end = 0, b""
+    with table.csv.open("rb") as file:
+        while block := file.read(1 << 24):
+            lines, end = lines + block.count(b"\n"), block[-1:]
+    if lines + (end != b"\n") == len(table) + 1:
+        return np.arange(len(table)) + 2
+    # Blank lines and quoted line breaks shift the count.
+    try:
+        records = ((line, len(record)) for line, record in _records(table.csv))
+        found = np.fromiter(records, np.dtype((np.int64, 2)))  # (records, 2): line and number of cells, header first
+    except csv_module.Error:  # a cell of more than 128 kB, which Arrow takes
+        return np.arange(len(table)) + 2
+    if len(found) != len(table) + 1:
+        # A survey leaves out the records that have too many or too few cells.
+        found = found[found[:, 1] == found[0, 1]]
+    return found[1 : len(table) + 1, 0]
 
 
 def filename_problem(name: str) -> str | None:
@@ -158,10 +281,7 @@ def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:
     """
     if not table.images.is_dir():
         raise UserError(f"{table.images}: no such folder of pictures (for {table.csv})")
-    names = table.filenames.cast(pa.large_binary())
-    folders = pc.unique(pc.replace_substring_regex(table.filenames, r"[^/]*$", "")).to_pylist()
-    there = pa.chunked_array(_listed(table.images, folders), type=pa.large_binary())
-    missing = np.flatnonzero(~pc.is_in(names, value_set=there).to_numpy(zero_copy_only=False))
+    missing = missing_pictures(table)
     if len(missing):
         shown = _shown(table.csv, missing, lambda row: repr(table.filename(row)))
         sentence = f"{table.images}: {len(missing)} of {len(table)} pictures are missing ({table.csv}: {shown})"
@@ -171,20 +291,28 @@ def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:
     return None
 
 
+def missing_pictures(table: Table) -> np.ndarray:
+    """Rows whose picture is not a file in the folder: int64 (n,). The folder has to be there."""
+    names = table.filenames.cast(pa.large_binary())
+    folders = pc.unique(pc.replace_substring_regex(table.filenames, r"[^/]*$", "")).to_pylist()
+    there = pa.chunked_array(_listed(table.images, folders), type=pa.large_binary())
+    return np.flatnonzero(~pc.is_in(names, value_set=there).to_numpy(zero_copy_only=False))
+
+
 def _listed(images: Path, folders: Sequence[str]) -> Iterator[pa.Array]:
     """Files in `folders` as the CSV spells them, in Arrow chunks: bytes, for not every name on disk is UTF-8."""
     for folder in folders:
         path = images / folder
         prefix = folder.encode()
         names: list[bytes] = []
-        if path.is_dir():
-            with os.scandir(os.fsencode(path)) as entries:
-                for entry in entries:
-                    if entry.is_file():
-                        names.append(prefix + entry.name)
-                    if len(names) == 100_000:
-                        yield pa.array(names, pa.large_binary())
-                        names = []
+        # A folder that isn't there, can't be listed or has a name too long has no picture that could be read.
+        with contextlib.suppress(OSError), os.scandir(os.fsencode(path)) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    names.append(prefix + entry.name)
+                if len(names) == 100_000:
+                    yield pa.array(names, pa.large_binary())
+                    names = []
         yield pa.array(names, pa.large_binary())
 
 
@@ -198,12 +326,16 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """The columns of a CSV that the tasks need, as text, and what was found wrong with them so far."""
+    """The columns of a CSV that the tasks need, as text, and what was found wrong with them so far.
+
+    `tasks` are those whose columns are there: all of them, unless problems are collected.
+    """
 
     csv: Path
     header: list[str]
     data: pa.Table
-    problems: list[str]
+    tasks: dict[str, TaskConfig]
+    problems: Problems
 
     def column(self, name: str) -> _Column | None:
         if name not in self.header:
@@ -211,14 +343,13 @@ class _Sheet:
         cells = self.data[name].unify_dictionaries().combine_chunks()
         return _Column(cells.indices.to_numpy(), pc.utf8_trim_whitespace(cells.dictionary))
 
-    def report(self, rows: np.ndarray, complaint: str, cell: Callable[[int], str]) -> None:
+    def report(self, kind: str, rows: np.ndarray, complaint: str, cell: Callable[[int], str]) -> None:
         """Note a complaint about `rows`, showing the first few of them."""
-        self.problems.append(f"{complaint}: {_shown(self.csv, rows, cell)}")
+        self.problems.add(Problem(kind, complaint, partial(_with_lines, complaint, self.csv, rows, cell), rows, cell))
 
-    def raise_problems(self) -> None:
-        if self.problems:
-            several = [""] if len(self.problems) > 1 else []
-            raise UserError(f"{self.csv}: " + "\n  ".join(several + self.problems))
+
+def _with_lines(complaint: str, csv: Path, rows: np.ndarray, cell: Callable[[int], str]) -> list[str]:
+    return [f"{complaint}: {_shown(csv, rows, cell)}"]
 
 
 def _shown(csv: Path, rows: np.ndarray, cell: Callable[[int], str]) -> str:
@@ -267,26 +398,30 @@ def _read_header(csv: Path) -> list[str]:
     return header
 
 
-def _needed(csv: Path, header: list[str], tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """The header's columns that hold file names and the tasks' labels."""
-    needed: dict[str, None] = {}
-    wanted: list[tuple[str, list[str]]] = [("filename", ["filename"])]
+def _needed(
+    csv: Path, header: list[str], tasks: Mapping[str, TaskConfig], problems: Problems
+) -> tuple[list[str], dict[str, TaskConfig]]:
+    """The header's columns that hold file names and the tasks' labels, and the tasks that have theirs."""
+    if "filename" not in header:
+        raise UserError(f"{csv}: no column filename; there are {', '.join(header)}")
+    needed = {"filename": None}
+    found: dict[str, TaskConfig] = {}
     for name, task in tasks.items():
         columns = label_columns(task.column)
         either = [columns.name, columns.id] if task.kind == "classification" and columns.id else [task.column]
-        wanted.append((f"task {name}", either))
-    for what, either in wanted:
         present = [column for column in either if column in header]
-        if not present:
-            for_what = "" if what == "filename" else f" for {what}"
-            raise UserError(f"{csv}: no column {' or '.join(either)}{for_what}; there are {', '.join(header)}")
-        needed.update(dict.fromkeys(present))
-    return list(needed)
+        if present:
+            found[name] = task
+            needed.update(dict.fromkeys(present))
+        else:
+            error = f"{csv}: no column {' or '.join(either)} for task {name}; there are {', '.join(header)}"
+            problems.refuse("column", UserError(error))
+    return list(needed), found
 
 
-def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig]) -> _Sheet:
+def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig], problems: Problems) -> _Sheet:
     header = _read_header(csv)
-    needed = _needed(csv, header, tasks)
+    needed, found = _needed(csv, header, tasks, problems)
     text = pa.dictionary(pa.int32(), pa.string())
     ragged = 0
 
@@ -314,11 +449,11 @@ def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig]) -> _Sheet:
     except OSError as error:
         raise UserError(f"{csv}: can't be read: {error}") from None
     if ragged:
-        raise UserError(f"{csv}: {_ragged(csv, len(header), ragged)}")
+        problems.refuse("ragged", UserError(f"{csv}: {_ragged(csv, len(header), ragged)}"))
     if data.num_rows == 0:
         raise UserError(f"{csv}: has a header but no rows")
-    _check_quotes(csv, data.num_rows + 1)
-    return _Sheet(csv, header, data, [])
+    _check_quotes(csv, data.num_rows + ragged + 1)
+    return _Sheet(csv, header, data, found, problems)
 
 
 def _check_quotes(csv: Path, records: int) -> None:
@@ -369,25 +504,19 @@ def _ragged(csv: Path, width: int, count: int) -> str:
     return f"the header has {width} columns, {', '.join(odd)}{more}; a value with a comma needs quotes around it"
 
 
-def _build(
-    sheet: _Sheet,
-    images: Path,
-    tasks: Mapping[str, TaskConfig],
-    class_maps: Mapping[str, ClassMap],
-    training: bool,
-) -> Table:
+def _build(sheet: _Sheet, images: Path, class_maps: Mapping[str, ClassMap], training: bool) -> Table:
     filenames = sheet.data["filename"].combine_chunks()
     _check_filenames(sheet, filenames, images)
     labels: dict[str, np.ndarray] = {}
     unseen: dict[str, dict[str, int]] = {}
-    for name, task in tasks.items():
+    for name, task in sheet.tasks.items():
         if task.kind == "regression":
             labels[name] = _scores(sheet, task.column)
             continue
         labels[name], strangers = _class_labels(sheet, name, task.column, class_maps[name], training)
         if strangers:
             unseen[name] = strangers
-    sheet.raise_problems()
+    sheet.problems.settle()
     return Table(sheet.csv, images, filenames, labels, unseen)
 
 
@@ -399,7 +528,8 @@ def _check_filenames(sheet: _Sheet, filenames: pa.LargeStringArray, images: Path
     for pattern, complaint in _FILENAME_RULES:
         rows = np.flatnonzero(pc.match_substring_regex(filenames, pattern).to_numpy(zero_copy_only=False))
         if len(rows):
-            sheet.report(rows, "filename " + complaint.format(images=images), lambda row: repr(filenames[row].as_py()))
+            words = "filename " + complaint.format(images=images)
+            sheet.report("filename", rows, words, lambda row: repr(filenames[row].as_py()))
 
 
 def _scores(sheet: _Sheet, column: str) -> np.ndarray:
@@ -414,8 +544,8 @@ def _scores(sheet: _Sheet, column: str) -> np.ndarray:
     if bad.any():
         rows = np.flatnonzero(bad[found.codes])
         complaint = f"{column} must be a number in 0–1, or blank"
-        sheet.report(rows, complaint, lambda row: repr(found.cells[found.codes[row]].as_py()))
-    return np.asarray(values.astype(np.float32)[found.codes])
+        sheet.report("score", rows, complaint, lambda row: repr(found.cells[found.codes[row]].as_py()))
+    return np.asarray(np.where(bad, np.nan, values).astype(np.float32)[found.codes])
 
 
 @dataclass(frozen=True)
@@ -478,7 +608,11 @@ def _blank_id(cell: str) -> str:
 
 def _make_class_map(sheet: _Sheet, cells: _ClassCells, column: str) -> ClassMap:
     """The training split's class map; what contradicts itself is reported, and the map is then of no use."""
-    from_file = read_class_file(sheet.csv, column)
+    try:
+        from_file = read_class_file(sheet.csv, column)
+    except UserError as error:
+        sheet.problems.refuse("class-file", error)
+        from_file = None
     if from_file is not None:
         return from_file[1]
     labelled = [pair for pair in range(len(cells.ids)) if cells.labelled(pair)]
@@ -490,8 +624,17 @@ def _make_class_map(sheet: _Sheet, cells: _ClassCells, column: str) -> ClassMap:
     orphans = [pair for pair in labelled if not cells.ids[pair] and cells.names[pair] not in known]
     if orphans:
         complaint = f"{cells.name_column} without a {cells.id_column} on any line; fill it in, or drop that column"
-        sheet.report(np.flatnonzero(np.isin(cells.codes, orphans)), complaint, lambda row: cells.text(cells.codes[row]))
+        rows = np.flatnonzero(np.isin(cells.codes, orphans))
+        sheet.report("class", rows, complaint, lambda row: cells.text(cells.codes[row]))
     return ClassMap.from_ids({number: cells.names[pair] or str(number) for pair, number in numbered.items()})
+
+
+def _map_of_names(cells: _ClassCells) -> ClassMap:
+    """A map to count by where the real one can't be had."""
+    labelled = [pair for pair in range(len(cells.ids)) if cells.labelled(pair)]
+    if cells.name_column is None:
+        return ClassMap.from_ids({n: str(n) for pair in labelled if (n := cells.number(pair)) is not None})
+    return ClassMap.from_names(name for pair in labelled if (name := cells.names[pair]))
 
 
 def _check_consistent(sheet: _Sheet, cells: _ClassCells) -> None:
@@ -513,13 +656,26 @@ def _report_clashes(
     sheet: _Sheet, cells: _ClassCells, seen: Mapping[Any, Mapping[Any, int]], this: str, that: str
 ) -> None:
     clashes = {key: others for key, others in seen.items() if len(others) > 1}
+    if not clashes:
+        return
+    rows = np.array([int(cells.rows(pair)[0]) for others in clashes.values() for pair in others.values()], np.int64)
+    complaint = f"one {this} goes with more than one {that}"
+    texts = partial(_clash_texts, sheet.csv, cells, clashes, this, that)
+    sheet.problems.add(Problem("class", complaint, texts, rows, lambda row: cells.text(cells.codes[row])))
+
+
+def _clash_texts(
+    csv: Path, cells: _ClassCells, clashes: Mapping[Any, Mapping[Any, int]], this: str, that: str
+) -> list[str]:
+    texts: list[str] = []
     for key, others in list(clashes.items())[:SHOWN]:
         first = sorted((int(cells.rows(pair)[0]), other) for other, pair in others.items())
-        lines = _lines(sheet.csv, [row for row, _ in first[:SHOWN]])
+        lines = _lines(csv, [row for row, _ in first[:SHOWN]])
         shown = ", ".join(f"{other!r} (line {line})" for (_, other), line in zip(first, lines, strict=False))
-        sheet.problems.append(f"{this} {key!r} goes with more than one {that}: {shown}")
+        texts.append(f"{this} {key!r} goes with more than one {that}: {shown}")
     if len(clashes) > SHOWN:
-        sheet.problems.append(f"and {len(clashes) - SHOWN} more {this} values go with more than one {that}")
+        texts.append(f"and {len(clashes) - SHOWN} more {this} values go with more than one {that}")
+    return texts
 
 
 def _class_labels(
@@ -528,9 +684,8 @@ def _class_labels(
     """A classification task as int64 (rows,), -1 for none, and how often each class stands there that the map lacks."""
     cells = _class_cells(sheet, task, column)
     if cells.name_column is None and class_map.made:
-        sheet.problems.append(
-            f"has {cells.id_column} but no {label_columns(column).name}, and the training split had names alone"
-        )
+        complaint = f"has {cells.id_column} but no {label_columns(column).name}, and the training split had names alone"
+        sheet.problems.add(Problem("class", complaint, partial(list, [complaint])))
     _check_consistent(sheet, cells)
     index_of = np.full(len(cells.ids), -1, np.int64)
     wrong: dict[str, list[int]] = {}
@@ -546,9 +701,13 @@ def _class_labels(
     if strangers and training:
         wrong[f"not in {label_columns(column).stem}_classes.json, which has {len(class_map)} classes"] = strangers
         strangers = []
+    if strangers and sheet.problems.collect:
+        rows = np.flatnonzero(np.isin(cells.codes, strangers))
+        complaint = f"{column} of a class that training never saw"
+        sheet.report("unseen", rows, complaint, lambda row: cells.text(cells.codes[row]))
     for complaint, pairs in wrong.items():
         rows = np.flatnonzero(np.isin(cells.codes, pairs))
-        sheet.report(rows, f"{column} {complaint}", lambda row: _beside(cells, cells.codes[row], class_map))
+        sheet.report("class", rows, f"{column} {complaint}", lambda row: _beside(cells, cells.codes[row], class_map))
     return index_of[cells.codes], _count(cells, strangers)
 
 

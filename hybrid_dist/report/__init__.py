@@ -1,0 +1,1 @@
+"""What people read: text for the terminal and self-contained pages."""
