@@ -10,6 +10,7 @@ import contextlib
 import csv as csv_module
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -277,7 +278,8 @@ def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:
         A sentence on those that are missing, if there are any.
 
     Raises:
-        UserError: the folder or too many pictures are missing; names the first few with their lines, and the count.
+        UserError: the folder or too many pictures are missing, or one is a pipe; names the first few with their lines,
+            and the count.
     """
     if not table.images.is_dir():
         raise UserError(f"{table.images}: no such folder of pictures (for {table.csv})")
@@ -287,8 +289,22 @@ def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:
         sentence = f"{table.images}: {len(missing)} of {len(table)} pictures are missing ({table.csv}: {shown})"
         if len(missing) > max_bad * len(table):
             raise UserError(sentence)
+        waiting = [row for row in missing if _is_special(table.images / table.filename(row))]
+        if waiting:
+            shown = _shown(table.csv, np.array(waiting), lambda row: repr(table.filename(row)))
+            raise UserError(
+                f"{table.images}: pipes or devices, which a reader may wait for for ever ({table.csv}: {shown})"
+            )
         return sentence
     return None
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def missing_pictures(table: Table) -> np.ndarray:
@@ -308,12 +324,19 @@ def _listed(images: Path, folders: Sequence[str]) -> Iterator[pa.Array]:
         # A folder that isn't there, can't be listed or has a name too long has no picture that could be read.
         with contextlib.suppress(OSError), os.scandir(os.fsencode(path)) as entries:
             for entry in entries:
-                if entry.is_file():
+                if _is_file(entry):
                     names.append(prefix + entry.name)
                 if len(names) == 100_000:
                     yield pa.array(names, pa.large_binary())
                     names = []
         yield pa.array(names, pa.large_binary())
+
+
+def _is_file(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself; the folder's other files are there all the same
+        return False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ class Source:
         """
         try:
             if not self.remote:
-                return (Path(self.images) / name).read_bytes()
+                path = Path(self.images) / name
+                if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for for ever
+                    raise PictureError(name, "is no file")
+                return path.read_bytes()
             system, root = self._open()
             found: bytes = system.cat_file(f"{root}/{name}")
             return found

@@ -130,10 +130,15 @@ def test_a_terminal_that_is_left(tiny_data: Path, tmp_path: Path) -> None:
     """Catches: a progress bar that ends the run because nobody sees it any more, before the checkpoint is written."""
     config, run = make_config(tiny_data, tmp_path, steps=40), tmp_path / "runs" / "tiny"
     ours, theirs = pty.openpty()
+
+    def as_in_a_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     command = command_line("--config", str(config), "data.workers=0")
     training = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=as_in_a_terminal,
     )  # fmt: skip
     try:
         os.close(theirs)

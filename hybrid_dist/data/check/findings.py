@@ -40,7 +40,7 @@ KINDS: dict[str, Kind] = {
     "score": Kind("error", "correct the values, or leave them blank"),
     "class": Kind("error", "make names, ids and class file agree"),
     "no-label": Kind("error", "fill the column in, or take the task out of the config"),
-    # Training refuses these folders, or dies at these pictures.
+    # Training refuses these folders, or goes without these pictures.
     "folder": Kind("error", "correct the path in the config, or make the folder readable"),
     "missing": Kind("error", "put the pictures there, or take their lines out"),
     "not-a-file": Kind("error", "put a picture there, or take the lines out"),
