@@ -9,9 +9,12 @@ from pathlib import Path
 def write_atomic(path: Path, text: str, writer: str = "") -> None:
     """Write a text file whole or not at all; processes that may do so at the same time give each a `writer`."""
     beside = path.with_name(f".{path.name}{writer}.partial")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # a full disk takes half of it
 
 
 def sync(path: Path) -> None:

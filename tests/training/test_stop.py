@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from hybrid_dist.training.stop import SIGNALS, Stop
 from tests.conftest import ROOT, environment
 
 LISTEN = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from hybrid_dist.training.stop import Stop
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # the tests themselves may run in the background
 stop = Stop()
 stop.listen()
 if sys.argv[1] == "training":
@@ -33,12 +37,17 @@ for _ in range(2):
 """
 
 
-def listening(moment: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def listening(moment: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-c", LISTEN, moment]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"listening\n"
-    return process
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"listening\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_interrupted_twice_stops_at_once() -> None:
@@ -85,7 +94,7 @@ def test_a_file_from_before(tmp_path: Path) -> None:
 
 def test_a_dead_parent_is_a_request_only_where_it_was_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: processes that a dead launcher leaves behind; a run under nohup that ends when its shell is left."""
-    parent = os.getppid()
+    parent = 4242
     for launched in (False, True):
         if launched:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
