@@ -121,3 +121,25 @@ def test_bench_checkpoint(tiny_config: Callable[..., Path], tmp_path: Path) -> N
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_bench_data(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: figures that scripts can't read; a packed copy that is there and not measured, or stale and measured."""
+    from ruamel.yaml import YAML
+
+    shutil.copytree(tiny_data, tmp_path / "data")
+    YAML().dump(tiny_values(tmp_path / "data", tmp_path), tmp_path / "config.yaml")
+    config = str(tmp_path / "config.yaml")
+    command = ["bench", "data", "--config", config, "--pictures", "64", "--repeats", "2"]
+    assert cli.main([*command, "--json"]) == 0
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)] == ["plain"]
+    assert cli.main(["pack", "--config", config]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["path"] for row in rows] == ["plain", "packed"]
+    assert all(0 < row["lowest"] <= row["images_per_s_per_worker"] <= row["highest"] for row in rows)
+    assert cli.main([*command, "data.image_size=64"]) == 0
+    said = capsys.readouterr().out
+    assert "plain: " in said
+    assert "no packed copy that fits" in said
