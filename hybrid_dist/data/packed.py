@@ -102,9 +102,13 @@ class Packed:
         if part not in self._parts:
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(self._file(part))))
+                facts = json.loads(reader.schema.metadata[b"facts"])
                 self._parts[part] = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-            except (OSError, pa.ArrowInvalid) as error:
-                raise UserError(f"{self._file(part)}: can't be read ({error}); hybrid-dist pack mends it") from None
+            except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{self._file(part)}: can't be read ({error}); {WAY_OUT}") from None
+            if any(facts.get(key) != wanted for key, wanted in self.manifest["parts"][part].items()):
+                # Packed anew while this run goes on: its rows may be others by now, under the same labels.
+                raise UserError(f"{self._file(part)} has been packed anew meanwhile; the same command goes on with it")
         return self._parts[part]
 
 
