@@ -33,7 +33,8 @@ from hybrid_dist.bench.data import MICRO_BATCH, WARM_UP, our_loader, rate
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.data.annotations import Table, read_training
 from hybrid_dist.data.augment import OPERATIONS, RESAMPLING, SMALLEST, STEEPEST, Augment
-from hybrid_dist.data.packed import open_packed, pack
+from hybrid_dist.data.pack import pack
+from hybrid_dist.data.packed import open_packed
 from hybrid_dist.data.pictures import BACKGROUND
 from hybrid_dist.data.resize import shrink
 from hybrid_dist.data.source import Source
@@ -104,10 +105,13 @@ class Usual(Dataset[Any]):
 
 
 class Timm(Dataset[Any]):
-    """timm's default transform for training."""
+    """timm's default transform for training (its own operations: a random crop and colour jitter).
 
-    def __init__(self, table: Table):
-        self.table, self.transform = table, create_transform(SIZE, is_training=True)
+    With its prefetcher it hands over bytes, which are normalised on the GPU.
+    """
+
+    def __init__(self, table: Table, prefetcher: bool):
+        self.table, self.transform = table, create_transform(SIZE, is_training=True, use_prefetcher=prefetcher)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -140,12 +144,19 @@ def pipelines(table: Table, pictures: int) -> dict[str, Callable[[], Any]]:
     by_pillow = Usual(
         table, lambda row: np.array(Image.open(paths[row]).convert("RGB")), fit, [A.Normalize(), ToTensorV2()]
     )
+    by_pillow_bytes = Usual(table, lambda row: np.array(Image.open(paths[row]).convert("RGB")), fit, [ToTensorV2()])
+    by_opencv_bytes = Usual(
+        table, lambda row: cv2.cvtColor(cv2.imread(str(paths[row])), cv2.COLOR_BGR2RGB), fit, [ToTensorV2()]
+    )
     decoded = Usual(table, small.__getitem__, [], [ToTensorV2()])
     return {
         "plain": lambda: our_loader(table, TASKS, SIZE, pictures, None),
         "packed": lambda: our_loader(table, TASKS, SIZE, pictures, packed),
         "PIL + Albumentations + Normalize": lambda: their_loader(by_pillow, pictures),
-        "timm": lambda: their_loader(Timm(table), pictures),
+        "PIL + Albumentations, bytes": lambda: their_loader(by_pillow_bytes, pictures),
+        "cv2 + Albumentations, bytes": lambda: their_loader(by_opencv_bytes, pictures),
+        "timm": lambda: their_loader(Timm(table, False), pictures),
+        "timm with its prefetcher, bytes": lambda: their_loader(Timm(table, True), pictures),
         "Albumentations alone, pre-decoded": lambda: their_loader(decoded, pictures),
     }
 

@@ -91,14 +91,22 @@ def _describe_import(out: Path, imported: Imported) -> None:
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    """Decode the pictures once, for a loader that is several times faster. Again, it makes only what has changed."""
+    """Decode the pictures once, for a loader that is several times faster. Again, it makes only what has changed.
+
+    Exits with 3 where more pictures than data.max_bad can't be used.
+    """
     from hybrid_dist.config import load_config
-    from hybrid_dist.data.packed import pack_splits
+    from hybrid_dist.data.pack import pack_splits
 
     config = load_config(arguments.config, arguments.overrides)
     with _bar("packing") as tell:
-        pack_splits(config.data, config.tasks, lambda text: print(text, flush=True), tell)
-    return 0
+        packed = pack_splits(config.data, config.tasks, lambda text: print(text, file=sys.stderr), tell)
+    too_many = [split for split in packed if split.bad > config.data.max_bad * split.pictures]
+    for split in packed:
+        unusable = f", {split.bad} of them can't be used" if split.bad else ""
+        more = f": more than data.max_bad: {config.data.max_bad:g} allows" if split in too_many else ""
+        print(f"{split.folder}: {split.pictures} pictures{unusable}{more}, {split.bytes / 1e9:.2f} GB")
+    return 3 if too_many else 0
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -146,9 +154,13 @@ def check_data(arguments: argparse.Namespace) -> int:
     """Tell everything that is wrong with a data set. Exits with 3 where there is an error or a warning."""
     from hybrid_dist.config import load_config
     from hybrid_dist.data.check import check_data
+    from hybrid_dist.data.source import is_remote
     from hybrid_dist.report.data_text import print_check
 
     config = load_config(arguments.config, arguments.overrides)
+    for images in (config.data.train_images, config.data.val_images):
+        if is_remote(images):
+            raise UserError(f"{images}: check-data looks at folders; hybrid-dist pack tells which of these are bad")
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
     if arguments.html and not arguments.html.absolute().parent.is_dir():

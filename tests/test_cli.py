@@ -139,6 +139,9 @@ def test_bench_data(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = json.loads(capsys.readouterr().out)
     assert [row["path"] for row in rows] == ["plain", "packed"]
     assert all(0 < row["lowest"] <= row["images_per_s_per_worker"] <= row["highest"] for row in rows)
+    assert cli.main(["bench", "data", "--config", config, "--repeats", "0"]) == 2
+    assert cli.main(["check-data", "--config", config, "data.val_images=s3://bucket/val"]) == 2
+    assert "s3://bucket/val" in capsys.readouterr().err
     assert cli.main([*command, "data.image_size=64"]) == 0
     said = capsys.readouterr().out
     assert "plain: " in said

@@ -16,6 +16,7 @@ from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader
 from hybrid_dist.data.order import TrainSampler
 from hybrid_dist.data.packed import Packed, Stale, open_packed
 from hybrid_dist.data.source import Source
+from hybrid_dist.errors import UserError
 
 MICRO_BATCH = 32
 WARM_UP = 4
@@ -23,7 +24,13 @@ WARM_UP = 4
 
 
 def bench(path: str, overrides: Sequence[str], pictures: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for the plain path and, if the training split has a packed copy that fits, one for that."""
+    """A row for the plain path and, if the training split has a packed copy that fits, one for that.
+
+    Raises:
+        UserError: too few pictures or repeats to measure.
+    """
+    if pictures < MICRO_BATCH or repeats < 1:
+        raise UserError(f"--pictures {pictures} --repeats {repeats}: at least {MICRO_BATCH} and 1 would do")
     config = load_config(path, overrides)
     table, _ = read_training(Path(config.data.train_csv), Path(config.data.train_images), config.tasks)
     source = Source(config.data.train_images)

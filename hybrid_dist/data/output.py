@@ -114,10 +114,13 @@ def check_whole_number(name: str, value: object, least: int) -> None:
         raise UserError(f"{name} is {value!r}; it must be a whole number of at least {least}")
 
 
-def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+def in_order(
+    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, at_once: bool = False
+) -> Generator[Result, None, None]:
     """`work(job)` of each job, in the jobs' order, whichever of the processes does it.
 
-    Close the iterator (`contextlib.closing`) before you remove what the jobs write to: it waits for those under way.
+    Close the iterator (`contextlib.closing`) before you remove what the jobs write to: it waits for those under way,
+    or ends their processes `at_once`.
     """
     if workers == 1 or len(jobs) < 2:
         before = cv2.getNumThreads()
@@ -132,7 +135,13 @@ def in_order(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -
     with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker) as pool:
         with _children_ignore_interrupts():
             results = pool.map(work, jobs)
-        yield from results
+        try:
+            yield from results
+        except BaseException:
+            if at_once:
+                for process in list((pool._processes or {}).values()):
+                    process.kill()
+            raise
 
 
 def _start_worker() -> None:

@@ -87,7 +87,9 @@ def decode_picture(data: bytes, path: Path | str, side: int | None = None) -> np
         raise PictureError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except PictureError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, cv2.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders meet damage with whatever they like: RuntimeError, struct.error, TypeError
         raise PictureError(path, f"is cut off or damaged: {error}") from None
 
 

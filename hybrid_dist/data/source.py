@@ -7,6 +7,8 @@ import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from hybrid_dist.errors import UserError
 
 AT_ONCE = 16
 """Requests: a network disk answers many as quickly as one."""
+
+SLICE = 256
+"""Names that a thread looks up in one go."""
+MISSING = "-"
 
 _TIMES = ("mtime", "ETag", "etag", "LastModified", "last_modified", "created", "CRC", "md5")
 """What file systems tell beside the size; the first that there is."""
@@ -52,16 +58,39 @@ class Source:
                 if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for for ever
                     raise PictureError(name, "is no file")
                 return path.read_bytes()
-            system, root = self._open()
-            found: bytes = system.cat_file(f"{root}/{name}")
-            return found
+            return self._fetch(name)
         except OSError as error:
             raise PictureError(name, f"can't be read: {error.strerror or error}") from None
 
+    def _fetch(self, name: str) -> bytes:
+        system, root = self._open()
+        try:
+            found: bytes = system.cat_file(f"{root}/{name}")
+        except OSError:
+            raise
+        except Exception as error:  # of whichever kind the file system's library has
+            raise OSError(f"{type(error).__name__}: {error}") from None
+        return found
+
+    def check(self) -> None:
+        """Raises UserError where there is no such folder: not each picture of it is missing, but all at once."""
+        if not self.remote:
+            if not Path(self.images).is_dir():
+                raise UserError(f"{self.images}: no such folder of pictures")
+            return
+        system, root = self._open()
+        try:
+            there = system.isdir(root)
+        except Exception as error:
+            raise UserError(f"{self.images}: can't be reached: {error}") from None
+        if not there:
+            raise UserError(f"{self.images}: there are no pictures")
+
     def stamps(self, names: Sequence[str]) -> list[str]:
-        """For each file its size and time, or whatever else changes when it is written anew."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self._stamp, names, chunksize=64))
+        """For each file its size and time, or whatever else changes when it is written anew; `MISSING` for none."""
+        slices = [names[start : start + SLICE] for start in range(0, len(names), SLICE)]
+        with ThreadPoolExecutor(AT_ONCE if self.remote else 4) as pool:
+            return list(chain.from_iterable(pool.map(lambda some: [self._stamp(name) for name in some], slices)))
 
     def _stamp(self, name: str) -> str:
         try:
@@ -72,14 +101,24 @@ class Source:
             facts: dict[str, Any] = system.info(f"{root}/{name}")
             return f"{facts.get('size')}/{next((facts[key] for key in _TIMES if key in facts), '')}"
         except OSError:
-            return "-"
+            return MISSING
 
     def _open(self) -> tuple[Any, str]:
-        """The file system, which fsspec keeps for the next time, and the folder in it."""
-        import fsspec
+        """The file system, and the folder in it.
 
+        Raises:
+            UserError: it can't be opened.
+        """
         try:
-            system, root = fsspec.core.url_to_fs(self.images)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.images}: {error}") from None
-        return system, root.rstrip("/")
+            return _file_system(self.images)
+        except Exception as error:  # of whichever kind the file system's library has
+            raise UserError(f"{self.images}: can't be opened: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _file_system(images: str) -> tuple[Any, str]:
+    """Opened once in a process: a zip file's directory would be read again for each picture."""
+    import fsspec
+
+    system, root = fsspec.core.url_to_fs(images)
+    return system, root.rstrip("/")

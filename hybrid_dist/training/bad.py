@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping
@@ -38,17 +39,21 @@ class BadPictures:
         self.path, self.tables, self.limit, self.control, self.say = path, tables, limit, control, say
         self._known: dict[str, set[str]] = {split: set() for split in tables}
         self._file: Lines | None = None
+        self._waiting: list[str] = []
+        self._warned = False
         if control.rank == 0:
-            self._take_up(keep)
+            with contextlib.suppress(OSError):  # what can't be taken up is met again
+                self._take_up(keep)
 
     def _take_up(self, keep: int) -> None:
-        if not keep:
+        if not keep or not self.path.exists():
             self.path.unlink(missing_ok=True)
             return
         self._file = Lines(self.path, keep, self.say)
-        with self.path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                self._known.setdefault(row["split"], set()).add(row["filename"])
+        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            for cells in csv.reader(file):
+                if len(cells) == len(HEADER) and cells[0] in self._known:
+                    self._known[cells[0]].add(cells[2])
 
     def note(self, split: str, found: Mapping[int, str]) -> None:
         """All ranks together, each with what it has just met: reasons by row.
@@ -71,18 +76,28 @@ class BadPictures:
         name, reason = table.filename(row), " ".join(reason.split())
         if name in known:
             return
-        if self._file is None:
-            self._file = Lines(self.path, 0, self.say)
-            self._file.write(_csv(HEADER))
         known.add(name)
-        line = table.line(row)
-        self._file.write(_csv((split, line, name, reason)))
+        line = _line(table, row)
+        self._waiting.append(_csv((split, line, name, reason)))
+        try:
+            self._hand_over()
+        except OSError as error:
+            if not self._warned:
+                self.say(f"warning: {self.path} can't be written ({error.strerror}); its lines wait in memory")
+            self._warned = True
         if len(known) <= SAID:
             more = "; later ones are only written there" if len(known) == SAID else ""
             self.say(
                 f"warning: {table.csv}: line {line}: {name!r} {reason}; it counts as a sample without labels and is"
                 f" listed in {self.path.name}{more}"
             )
+
+    def _hand_over(self) -> None:
+        if self._waiting and self._file is None:
+            self._file = Lines(self.path, 0, self.say)
+            self._file.write(_csv(HEADER))
+        while self._waiting and self._file is not None:
+            self._file.write(self._waiting.pop(0))
 
     def _too_many(self, split: str) -> str | None:
         table, count = self.tables[split], len(self._known[split])
@@ -99,6 +114,7 @@ class BadPictures:
         Raises:
             OSError: some line can't be written.
         """
+        self._hand_over()
         return self._file.position() if self._file is not None else 0
 
     def sync(self) -> None:
@@ -110,6 +126,14 @@ class BadPictures:
         """No more lines."""
         if self._file is not None:
             self._file.close()
+
+
+def _line(table: Table, row: int) -> int:
+    """The table may be gone or shorter by now: training does not need it any more."""
+    try:
+        return table.line(row)
+    except (OSError, ValueError, IndexError):
+        return row + 2
 
 
 def _csv(cells: tuple[object, ...]) -> str:

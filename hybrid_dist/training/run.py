@@ -131,8 +131,8 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
     job = _agree(topology, lambda: prepare(config, topology, stop))
-    for split in _decide(topology, lambda: _choose_packed(job)):
-        job.packed[split] = _agree(topology, lambda: _open_packed(job, split))  # noqa: B023 (called at once)
+    for split, signature in _decide(topology, lambda: _choose_packed(job)).items():
+        job.packed[split] = _agree(topology, lambda: _open_packed(job, split, signature))  # noqa: B023 (called at once)
         job.terminal.say(f"{split} pictures come from {job.packed[split].folder}")
     _decide(topology, lambda: _check_pictures(job))
     try:
@@ -208,23 +208,26 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     )  # fmt: skip
 
 
-def _choose_packed(job: Job) -> list[str]:
-    data = job.config.data
-    chosen = {
-        split: choose_packed(data.packed, table, job.sources[split], data.image_size, job.terminal.say)
-        for split, table in job.tables.items()
-    }
-    return [split for split, is_packed in chosen.items() if is_packed]
+def _choose_packed(job: Job) -> dict[str, str]:
+    """The signatures of the copies to read from, by split."""
+    data, found = job.config.data, {}
+    for split, table in job.tables.items():
+        packed = choose_packed(data.packed, table, job.sources[split], data.image_size, job.terminal.say)
+        if packed is not None:
+            found[split] = packed.signature()
+    return found
 
 
-def _open_packed(job: Job, split: str) -> Packed:
-    """On a rank of another machine it may not be there."""
+def _open_packed(job: Job, split: str, signature: str) -> Packed:
+    """On a rank of another machine it may not be there, or be another one."""
     try:
         packed = open_packed(job.tables[split], job.sources[split], job.config.data.image_size, look=False)
     except Stale as reason:
         raise UserError(f"on {socket.gethostname()}: {reason}") from None
     if packed is None:
         raise UserError(f"on {socket.gethostname()}: there is no packed copy of {job.tables[split].csv}")
+    if packed.signature() != signature:
+        raise UserError(f"on {socket.gethostname()}: {packed.folder} holds other pictures than on rank 0's machine")
     return packed
 
 

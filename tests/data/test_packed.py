@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from hybrid_dist.config import TaskConfig
+from hybrid_dist.data import pack as pack_module
 from hybrid_dist.data import packed as packed_module
 from hybrid_dist.data.annotations import Table, read_training
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.dataset import Samples
-from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed, pack, packed_folder
+from hybrid_dist.data.pack import pack
+from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed, packed_folder
 from hybrid_dist.data.pictures import PictureError
 from hybrid_dist.data.source import Source
 from hybrid_dist.errors import UserError
@@ -65,7 +67,7 @@ def source_of(table: Table) -> Source:
 
 
 def packed_now(table: Table, workers: int = 1) -> tuple[Packed, int]:
-    bad = pack(table, source_of(table), SIZE, workers, print, lambda done: None)
+    bad = pack(table, source_of(table), SIZE, workers, print, lambda done: None).bad
     packed = open_packed(table, source_of(table), SIZE, look=True)
     assert packed is not None
     return packed, bad
@@ -74,8 +76,9 @@ def packed_now(table: Table, workers: int = 1) -> tuple[Packed, int]:
 def test_the_same_pictures_to_the_bit(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: pixels that differ between the packed and the plain path by as much as one level, in training or
     validation; another reason for a picture that can't be used."""
-    monkeypatch.setattr(packed_module, "LEAST_ROWS", 4)
-    monkeypatch.setattr(packed_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
+    for module in (pack_module, packed_module):
+        monkeypatch.setattr(module, "BATCH_ROWS", 3)
     packed, bad = packed_now(table)
     assert bad == len(BAD)
     packed = pickle.loads(pickle.dumps(packed))
@@ -169,8 +172,8 @@ def test_without_a_copy(table: Table) -> None:
 def test_cut_off_and_gone_on_with(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a copy without its end taken for whole; parts made twice; a part that is not made again though a picture
     in it has changed."""
-    monkeypatch.setattr(packed_module, "LEAST_ROWS", 4)
-    write, made = packed_module._write, []
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
+    write, made = pack_module._write, []
 
     def cut(part: Any, file_name: Path) -> int:
         made.append(part.file.name)
@@ -179,19 +182,19 @@ def test_cut_off_and_gone_on_with(table: Table, monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
         return write(part, file_name)
 
-    monkeypatch.setattr(packed_module, "_write", cut)
+    monkeypatch.setattr(pack_module, "_write", cut)
     with pytest.raises(KeyboardInterrupt):
         pack(table, source_of(table), SIZE, 1, print, lambda done: None)
     assert open_packed(table, source_of(table), SIZE, look=True) is None
     assert sorted(path.name for path in folder_of(table).glob("*part*")) == made[:2]
     ticks: list[int] = []
-    assert pack(table, source_of(table), SIZE, 1, print, ticks.append) == len(BAD)
+    assert pack(table, source_of(table), SIZE, 1, print, ticks.append).bad == len(BAD)
     assert made == [f"part-{part:05d}.arrow" for part in (0, 1, 2, 2, 3)]
-    assert ticks == [8, 4, 1]
+    assert ticks == [4, 4, 4, 1]
     Image.new("RGB", (9, 9)).save(table.images / "small.png")
-    assert pack(table, source_of(table), SIZE, 1, print, lambda done: None) == len(BAD)
+    assert pack(table, source_of(table), SIZE, 1, print, lambda done: None).bad == len(BAD)
     assert made[5:] == ["part-00001.arrow"]
-    assert pack(table, source_of(table), SIZE, 1, print, lambda done: None) == len(BAD)
+    assert pack(table, source_of(table), SIZE, 1, print, lambda done: None).bad == len(BAD)
     assert made[6:] == []
     shorter = write_csv(table.csv.parent, list(KINDS)[:4])
     packed_now(shorter)
@@ -200,7 +203,7 @@ def test_cut_off_and_gone_on_with(table: Table, monkeypatch: pytest.MonkeyPatch)
 
 def test_any_number_of_processes(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a copy that depends on who made it."""
-    monkeypatch.setattr(packed_module, "LEAST_ROWS", 4)
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
     packed_now(table, workers=1)
     first = {path.name: path.read_bytes() for path in folder_of(table).glob("part*")}
     assert len(first) == 4
@@ -218,19 +221,96 @@ def test_a_damaged_copy_is_a_bad_picture(table: Table) -> None:
     assert data.count(pixels) == 1
     place = data.index(pixels) + 5
     part.write_bytes(data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :])
-    packed, _ = packed_now(table)
+    packed = Packed(packed.folder, packed.manifest)
     packed.picture(0)
     with pytest.raises(PictureError, match="its packed copy is damaged"):
         packed.picture(1)
+    assert packed_now(table)[0].picture(1).tobytes() == pixels, "packed again, it is whole"
     part.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"can't be read .* hybrid-dist pack"):
         Packed(packed.folder, packed.manifest).picture(0)
     assert packed_now(table)[0].picture(1).tobytes() == pixels
 
 
+def test_pictures_that_are_away_for_a_while(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a good copy made worthless by a disk that is not mounted; a passing read error that stays for good."""
+    read, broken = Source.read, []
+
+    def fail_once(source: Source, name: str) -> bytes:
+        if name == "tall.jpg" and not broken:
+            broken.append(name)
+            raise PictureError(name, "can't be read: Input/output error")
+        return read(source, name)
+
+    monkeypatch.setattr(Source, "read", fail_once)
+    assert packed_now(table)[1] == len(BAD) + 1
+    packed, bad = packed_now(table)
+    assert bad == len(BAD)
+    want = packed.picture(2).copy()
+    table.images.rename(table.images.with_name("away"))
+    with pytest.raises(UserError, match="no such folder of pictures"):
+        packed_now(table)
+    packed = choose_packed("always", table, source_of(table), SIZE, pytest.fail)
+    assert packed is not None and (packed.picture(2) == want).all()
+    # Names alone do not make it a copy of pictures at another place that can't be looked at.
+    with pytest.raises(UserError, match="is of the pictures at"):
+        choose_packed("always", table, Source("s3://bucket/train"), SIZE, print)
+
+
+def test_another_decoder_under_a_run(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a run that mixes two decoders' pixels."""
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
+    packed, _ = packed_now(table)
+    packed.picture(0)
+    for module in (pack_module, packed_module):
+        monkeypatch.setattr(module, "DECODER", "OpenCV 99")
+    pack(table, source_of(table), SIZE, 1, print, lambda done: None)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has been packed anew"):
+        packed.picture(5)
+
+
+@pytest.mark.parametrize("change", [{"rows_per_part": 0}, {"parts": []}, {"parts": [1]}, {"parts": [{}]}])
+def test_a_manifest_that_makes_no_sense(change: dict[str, Any], table: Table) -> None:
+    """Catches: a traceback at the start, for a file that a later version or a hand has written."""
+    packed_now(table)
+    edit(table, **change)
+    said: list[str] = []
+    assert choose_packed("auto", table, source_of(table), SIZE, said.append) is None
+    assert "can't be read" in said[0]
+
+
+def test_the_same_pictures_on_another_machine(table: Table, tmp_path: Path) -> None:
+    """Catches: ranks that read different pictures under the same names, each from its machine's own copy."""
+    packed, _ = packed_now(table)
+    other = tmp_path / "other"
+    shutil.copytree(table.images, other / "train")
+    shutil.copy(table.csv, other / "train.csv")
+    same = read_training(other / "train.csv", other / "train", TASKS)[0]
+    os.utime(other / "train/small.png", (1, 1))
+    assert packed_now(same)[0].signature() == packed.signature()
+    Image.new("RGB", (9, 9)).save(other / "train/small.png")
+    assert packed_now(same)[0].signature() != packed.signature()
+
+
+def test_a_process_that_dies(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a traceback of the pool, and half-written parts that stay."""
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
+    folder_of(table).mkdir()
+    (folder_of(table) / ".part-00002.arrow.partial").write_bytes(b"half")
+    monkeypatch.setattr(pack_module, "_bring", _die)
+    with pytest.raises(UserError, match="a process has died"):
+        pack(table, source_of(table), SIZE, 2, print, lambda done: None)
+    assert not list(folder_of(table).glob(".part*"))
+
+
+def _die(part: Any) -> None:
+    os.kill(os.getpid(), 9)
+
+
 def test_packed_anew_under_a_run(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: rows that move while a loader has not opened their part yet: other pictures under the same labels."""
-    monkeypatch.setattr(packed_module, "LEAST_ROWS", 4)
+    monkeypatch.setattr(pack_module, "LEAST_ROWS", 4)
     packed, _ = packed_now(table)
     first = packed.picture(0).copy()
     other = write_csv(table.csv.parent, ["point.png", *KINDS])
@@ -253,7 +333,7 @@ def test_from_a_zip_file(table: Table, tmp_path: Path) -> None:
     for mode in ("auto", "always", "never"):
         with pytest.raises(UserError, match=r"read from a packed copy, but there is no.*hybrid-dist pack"):
             choose_packed(mode, table, source, SIZE, print)
-    assert pack(table, source, SIZE, 1, print, lambda done: None) == len(BAD)
+    assert pack(table, source, SIZE, 1, print, lambda done: None).bad == len(BAD)
     assert choose_packed("auto", table, source, SIZE, pytest.fail)
     other = open_packed(table, source, SIZE, look=False)
     assert other is not None

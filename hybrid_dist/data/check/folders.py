@@ -121,9 +121,12 @@ def _nearly(split: Split, table: Table, rows: list[int]) -> dict[int, str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Every file below `folder`, relative to it; linked folders are not followed, for they may lead in a circle."""
+    """Every file below `folder`, relative to it; linked folders are not followed, for they may lead in a circle.
+
+    Packed copies, which lie beside a table, are nobody's pictures.
+    """
     for where, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if ".packed-" not in name)
         below = os.path.relpath(where, folder)
         yield from sorted(names) if below == "." else (f"{below}/{name}" for name in sorted(names))
 
