@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hybrid_dist.data.output import Imported
+    from hybrid_dist.doctor import Line
 
 
 def synth(arguments: argparse.Namespace) -> int:
@@ -178,6 +179,40 @@ def check_data(arguments: argparse.Namespace) -> int:
     return 3 if check.failed else 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Tell what would fail in the queue. Under srun every node is looked at. Exits with 3 where something would."""
+    from rich.console import Console
+
+    from hybrid_dist.config import load_config
+    from hybrid_dist.doctor import examine, failed
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    if arguments.overrides and config is None:
+        raise UserError(f"{arguments.overrides[0]}: changes a key of a config; --config FILE would name it")
+    with Console(stderr=True).status("") as status:
+        lines = examine(config, lambda what: status.update(f"looking at {what}"))
+    if lines is None:  # another task of the same step says it all
+        return 0
+    if arguments.json:
+        print(json.dumps([vars(line) for line in lines], indent=1))
+    else:
+        _print_lines(lines)
+    return 3 if failed(lines) else 0
+
+
+def _print_lines(lines: Sequence[Line]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    for line in lines:
+        where = f"{line.host}: " if line.host else ""
+        console.print(Text.assemble((f"{line.state:5}", colours[line.state]), f"{where}{line.check}: {line.text}"))
+        if line.remedy:
+            console.print(Text(f"     → {line.remedy}"))
+
+
 def bench_checkpoint(arguments: argparse.Namespace) -> int:
     """How long a checkpoint holds training up, beside accelerator.save_state."""
     from hybrid_dist.bench.checkpoint import bench, describe
@@ -215,6 +250,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/base.yaml")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
     command.set_defaults(run=pack)
+
+    command = commands.add_parser("doctor", help="tell what would fail in the queue", description=doctor.__doc__)
+    command.add_argument("--config", metavar="FILE", help="a YAML file, such as configs/base.yaml")
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=doctor)
 
     command = commands.add_parser(
         "checkpoints", help="list a run's checkpoints and verify them", description=checkpoints.__doc__

@@ -1,0 +1,190 @@
+"""Processes that meet and add up numbers: on this machine alone, or one per task under srun."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hybrid_dist.doctor.line import Line, fail, ok, warn
+
+PATIENCE = 60.0
+"""Seconds until processes that do not meet are given up."""
+NUMBERS = 16 << 20
+"""Of an all-reduce, fp32."""
+TURNS = 5
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among others that are about to meet."""
+
+    rank: int
+    world_size: int
+    head: str
+    port: int
+
+    @classmethod
+    def under_srun(cls) -> Place | None:
+        """This task's, if `srun` has started several."""
+        tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+        if "SLURM_STEP_ID" not in os.environ or tasks < 2:
+            return None
+        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+        ).stdout.split()
+        # From the step's number: another job on these nodes has another port, and so has a second try.
+        port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])) % 20_000
+        return cls(int(os.environ["SLURM_PROCID"]), tasks, os.environ.get("HEAD", names[0]), port)
+
+
+def join(place: Place) -> None:
+    """Meet the others, over NCCL where each has a GPU, else over gloo.
+
+    Raises:
+        RuntimeError: they are not all there within `PATIENCE` seconds.
+    """
+    # NCCL wants a GPU for each process: with fewer, or none, what is measured is what training would use, gloo.
+    backend = "nccl" if torch.cuda.device_count() >= _local(place) else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(place.rank % torch.cuda.device_count())
+    dist.init_process_group(
+        backend, f"tcp://{place.head}:{place.port}", rank=place.rank, world_size=place.world_size,
+        timeout=timedelta(seconds=PATIENCE),
+    )  # fmt: skip
+
+
+def _local(place: Place) -> int:
+    return int(os.environ.get("SLURM_NTASKS_PER_NODE", os.environ.get("LOCAL_WORLD_SIZE", place.world_size)))
+
+
+def all_reduce() -> tuple[float, bool]:
+    """Median bytes a second that a rank sends in an all-reduce (bus bandwidth as NCCL's tests count it), and whether
+    the sum was right."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    world, rates, right = dist.get_world_size(), [], True
+    for turn in range(TURNS + 1):
+        numbers = torch.full((NUMBERS,), float(dist.get_rank() + turn), device=device)
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        total = float(numbers[-1])  # waits for the device
+        rates.append(2 * (world - 1) / world * numbers.nbytes / (time.perf_counter() - began))
+        right &= total == float(sum(rank + turn for rank in range(world)))
+    return statistics.median(rates[1:]), right
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Every rank's plain value, on rank 0."""
+    texts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(json.dumps(value), texts)
+    return None if texts is None else [json.loads(text) for text in texts]
+
+
+def describe(rate: float, right: bool, world_size: int) -> Line:
+    """The line of an all-reduce."""
+    text = f"{world_size} processes over {dist.get_backend()}: {rate / 1e9:.2f} GB/s"
+    if not right:
+        return fail("all-reduce", f"{text}, and the sum is wrong", "a broken link or memory: try other machines")
+    return ok("all-reduce", text)
+
+
+def local_line(processes: int) -> Line:
+    """Start so many processes on this machine, let them meet, and measure."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "hybrid_dist.doctor.together"]
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(processes)}
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(processes), "127.0.0.1", str(port)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=2 * PATIENCE) for process in started]
+    except subprocess.TimeoutExpired:
+        return fail("all-reduce", f"{processes} processes do not get through it", _REMEDY)
+    finally:
+        for process in started:
+            process.kill()
+    if any(process.returncode for process in started):
+        errors = [error.strip().splitlines() for _, error in outputs if error.strip()]
+        return fail("all-reduce", errors[0][-1] if errors else "a process died", _REMEDY)
+    return Line(**json.loads(outputs[0][0]))
+
+
+_REMEDY = "NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME=lo, before the same command tells more"
+
+
+def together_lines(place: Place, own: list[Line]) -> list[Line] | None:
+    """Under srun: meet, compare, and bring every host's lines to rank 0 (None elsewhere).
+
+    Args:
+        own: What this task has found about its host.
+    """
+    try:
+        join(place)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "see that the nodes reach each other; HEAD=ADDRESS, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME may help"
+        return [fail("rendezvous", f"rank {place.rank} at {place.head}:{place.port}: {reason}", remedy)]
+    dist.barrier()
+    facts = {"lines": [vars(line) for line in own], "time": time.time(), "host": socket.gethostname()}
+    facts["torch"] = torch.__version__
+    rate, right = all_reduce()
+    everyone = gather(facts)
+    line = describe(rate, right, place.world_size)
+    dist.destroy_process_group()
+    if everyone is None:
+        return None
+    return [*_per_host(everyone), *_compare(everyone), line]
+
+
+def _per_host(everyone: list[dict[str, Any]]) -> list[Line]:
+    hosts = {facts["host"]: facts["lines"] for facts in reversed(everyone)}
+    return [Line(**{**line, "host": host}) for host, lines in sorted(hosts.items()) for line in lines]
+
+
+def _compare(everyone: list[dict[str, Any]]) -> list[Line]:
+    lines = [ok("rendezvous", f"{len(everyone)} tasks on {len({facts['host'] for facts in everyone})} hosts have met")]
+    times = [facts["time"] for facts in everyone]
+    spread = max(times) - min(times)
+    if spread > SKEW:
+        lines.append(warn("clocks", f"they are {spread:.0f} s apart", "have all follow an NTP server"))
+    else:
+        lines.append(ok("clocks", f"within {spread:.1f} s"))
+    versions = sorted({facts["torch"] for facts in everyone})
+    if len(versions) > 1:
+        lines.append(fail("versions", f"torch {' and '.join(versions)}", "install the same everywhere"))
+    return lines
+
+
+SKEW = 2.0
+
+
+def main() -> int:
+    """A process of `local_line`."""
+    rank, world, head, port = sys.argv[1:]
+    join(Place(int(rank), int(world), head, int(port)))
+    rate, right = all_reduce()
+    line = describe(rate, right, int(world))
+    dist.destroy_process_group()
+    print(json.dumps(vars(line)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
