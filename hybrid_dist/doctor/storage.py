@@ -39,6 +39,8 @@ def _probe(place: Path, size: int, free: int) -> Iterator[Line]:
     probe = place / f".hybrid-dist-doctor.{os.getpid()}"
     data = os.urandom(1 << 20)
     count = min(PROBE_BYTES, free // 4) >> 20
+    if not count:
+        return
     try:
         began = time.perf_counter()
         with probe.open("wb") as file:

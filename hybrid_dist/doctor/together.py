@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from hybrid_dist.doctor.line import Line, fail, ok, warn
 
-PATIENCE = 60.0
+PATIENCE = 45.0
 """Seconds until processes that do not meet are given up."""
 NUMBERS = 16 << 20
 """Of an all-reduce, fp32."""
