@@ -540,7 +540,9 @@ def test_an_interrupt_ends_it(data: Data) -> None:
         os.link(data.folder / "train/large.png", data.folder / f"train/large{i}.png")
         rows.append(rows[0] | {"filename": f"large{i}.png"})
     write_rows(data.folder / "train.csv", rows)
-    code = "import sys; from hybrid_dist.cli import main; sys.exit(main())"
+    # The tests themselves may run in the background, where a shell has SIGINT ignored.
+    code = "import signal, sys; signal.signal(2, signal.default_int_handler); "
+    code += "from hybrid_dist.cli import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "check-data", "--config", str(data.config), "--workers", "2"],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
