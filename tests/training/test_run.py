@@ -476,7 +476,9 @@ def test_from_a_packed_copy(call: Callable[..., int], broken: Path, tmp_path: Pa
     """Catches: a trajectory that depends on whether the pictures were packed, or on where they lie."""
     where = ("data.max_bad=0.05",)
     assert call(broken, *where) == 0
-    assert cli.main(["pack", "--config", str(broken)]) == 0
+    assert cli.main(["pack", "--config", str(broken)]) == 3, "too many are bad"
+    assert "more than data.max_bad: 0.01 allows" in capsys.readouterr().out
+    assert cli.main(["pack", "--config", str(broken), *where]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path}/data/train.packed-96: 56 pictures, 1 of them can't be used" in out
     assert call(broken, *where, f"run.dir={tmp_path / 'packed'}", "data.packed=always") == 0
@@ -484,10 +486,13 @@ def test_from_a_packed_copy(call: Callable[..., int], broken: Path, tmp_path: Pa
     expect_same_run(tmp_path / "packed" / "tiny", folder(broken))
     assert (tmp_path / "packed/tiny/bad_pictures.csv").read_text() == BAD
 
-    # Somewhere else by now, as far as training is concerned.
-    urls = [f"data.{split}_images=zip://{split}::file://{tmp_path}/gone.zip" for split in ("train", "val")]
-    shutil.rmtree(tmp_path / "data/train")
-    shutil.rmtree(tmp_path / "data/val")
+    # Packed from elsewhere, which training then does not look at any more.
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "data"))
+    urls = [f"data.{split}_images=zip://{split}::file://{archive}" for split in ("train", "val")]
+    assert call(broken, *where, *urls, f"run.dir={tmp_path / 'none'}") == 2, "a copy of another place"
+    assert "is of the pictures at" in capsys.readouterr().err
+    assert cli.main(["pack", "--config", str(broken), *where, *urls]) == 0
+    archive.unlink()
     assert call(broken, *where, *urls, f"run.dir={tmp_path / 'remote'}") == 0
     expect_same_run(tmp_path / "remote" / "tiny", folder(broken))
     shutil.rmtree(tmp_path / "data/val.packed-96")
