@@ -137,7 +137,7 @@ def pipelines(table: Table, pictures: int) -> dict[str, Callable[[], Any]]:
     """Each as a function that makes its loader."""
     source = Source(str(table.images))
     pack(table, source, SIZE, 2, print, lambda done: None)
-    packed = open_packed(table, source, SIZE, look=True)
+    packed = open_packed(table, SIZE, source)
     paths = [table.images / table.filename(row) for row in range(len(table))]
     fit = [A.LongestMaxSize(SIZE, interpolation=cv2.INTER_AREA)]
     small = [shrink(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB), SIZE) for path in paths]

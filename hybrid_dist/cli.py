@@ -155,13 +155,9 @@ def check_data(arguments: argparse.Namespace) -> int:
     """Tell everything that is wrong with a data set. Exits with 3 where there is an error or a warning."""
     from hybrid_dist.config import load_config
     from hybrid_dist.data.check import check_data
-    from hybrid_dist.data.source import is_remote
     from hybrid_dist.report.data_text import print_check
 
     config = load_config(arguments.config, arguments.overrides)
-    for images in (config.data.train_images, config.data.val_images):
-        if is_remote(images):
-            raise UserError(f"{images}: check-data looks at folders; hybrid-dist pack tells which of these are bad")
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
     if arguments.html and not arguments.html.absolute().parent.is_dir():

@@ -35,7 +35,7 @@ def bench(path: str, overrides: Sequence[str], pictures: int, repeats: int) -> l
     table, _ = read_training(Path(config.data.train_csv), Path(config.data.train_images), config.tasks)
     source = Source(config.data.train_images)
     try:
-        packed = open_packed(table, source, config.data.image_size, look=source.there())
+        packed = open_packed(table, config.data.image_size, source)
     except Stale:
         packed = None
     ways: dict[str, Packed | None] = {} if source.remote else {"plain": None}

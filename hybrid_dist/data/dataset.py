@@ -24,6 +24,7 @@ from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
 from hybrid_dist.errors import UserError
+from hybrid_dist.machine import cores
 from hybrid_dist.parent import signal_on_parents_death
 
 MOST_WORKERS = 16
@@ -295,8 +296,7 @@ def resolve_workers(workers: Literal["auto"] | int, local_world_size: int) -> in
     """Loader processes for each rank; `auto` shares this machine's cores among its ranks and leaves each rank one."""
     if workers != "auto":
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // local_world_size - 1, 0), MOST_WORKERS)
+    return min(max(cores() // local_world_size - 1, 0), MOST_WORKERS)
 
 
 def _as_it_is(batch: Any) -> Any:

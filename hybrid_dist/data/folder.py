@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -264,11 +265,9 @@ def _rows(pictures: Iterable[_Picture], ids: Mapping[str, int]) -> Iterable[dict
 
 def _link_or_copy(source: str, target: Path) -> None:
     real = os.path.realpath(source)  # a link to a symbolic link would point nowhere from its new place
-    try:
+    with suppress(OSError):  # another file system, one without hard links, or somebody else's file
         os.link(real, target)
         return
-    except OSError:
-        pass  # another file system, one without hard links, or somebody else's file
     try:
         file = Path(real).open("rb")  # noqa: SIM115 (closed below; what may fail is apart)
     except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
@@ -41,6 +40,7 @@ from hybrid_dist.data.resize import shrink
 from hybrid_dist.data.source import MISSING, Source
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import sync, write_atomic
+from hybrid_dist.machine import cores
 
 LEAST_ROWS, MOST_PARTS = 512, 256
 """Of a part, and of a split: each part is an open file in each process."""
@@ -101,12 +101,8 @@ def pack_splits(
         done += more
         progress(done, total)
 
-    workers = config.workers if config.workers != "auto" else _cores()
+    workers = config.workers if config.workers != "auto" else cores()
     return [pack(table, source, config.image_size, max(workers, 1), say, tick) for table, source in splits]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pack(

@@ -153,12 +153,12 @@ class Packed:
         return digest_of([json.dumps(facts), *(part["pixels"] for part in self.manifest["parts"])])
 
 
-def open_packed(table: Table, source: Source, image_size: int, look: bool) -> Packed | None:
+def open_packed(table: Table, image_size: int, source: Source | None) -> Packed | None:
     """A split's packed copy, if there is one.
 
     Args:
-        look: Whether to look at each picture's size and time, too: where they are not to be had, the names have to do,
-            and that the copy is of the same place.
+        source: Its pictures: each one's size and time are looked at, or where they are not to be had, that the copy is
+            of that place. None: somebody has looked already, and the names have to do.
 
     Raises:
         Stale: it is of other pictures, or of these as they once were.
@@ -172,7 +172,8 @@ def open_packed(table: Table, source: Source, image_size: int, look: bool) -> Pa
         }.items():  # fmt: skip
             if manifest[what] != wanted:
                 raise Stale(f"{folder} is stale: its {what} is {manifest[what]!r}, and {wanted!r} is needed")
-        if not look and manifest["images"] != source.images:
+        look = source is not None and source.there()
+        if source is not None and not look and manifest["images"] != source.images:
             raise Stale(f"{folder} is of the pictures at {manifest['images']}")
         _check_parts(packed, table, source if look else None)
     except FileNotFoundError:
@@ -206,7 +207,7 @@ def choose_packed(
         return None
     stale = False
     try:
-        packed = open_packed(table, source, image_size, look=source.there())
+        packed = open_packed(table, image_size, source)
         problem = f"there is no packed copy of {table.csv}"
     except Stale as reason:
         packed, problem, stale = None, str(reason), True

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_dist.doctor.line import Line, fail, ok, warn
+from hybrid_dist.doctor.storage import SKEW
 
 PATIENCE = 45.0
 """Seconds until processes that do not meet are given up."""
@@ -170,9 +171,6 @@ def _compare(everyone: list[dict[str, Any]]) -> list[Line]:
     if len(versions) > 1:
         lines.append(fail("versions", f"torch {' and '.join(versions)}", "install the same everywhere"))
     return lines
-
-
-SKEW = 2.0
 
 
 def main() -> int:

@@ -19,18 +19,32 @@ class Lines:
     """A file of lines that can be cut back to where a checkpoint left it."""
 
     def __init__(self, path: Path, keep: int, warn: Callable[[str], None]):
-        """Open `path` for appending after its first `keep` bytes; what stands behind them goes.
+        """Append to `path` after its first `keep` bytes; what stands behind them goes. The first line makes a new file.
 
         Args:
             warn: Told when lines begin to wait for the disk.
         """
         self.path, self.warn = path, warn
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(self._file).st_size > keep:
-            os.ftruncate(self._file, keep)
-        self._length = os.lseek(self._file, 0, os.SEEK_END)
+        self._file: int | None = None
+        self._length = 0
         self._waiting = b""
         self._warned = False
+        if keep and path.exists():
+            if path.stat().st_size > keep:
+                os.truncate(path, keep)
+            self._open()
+        else:
+            path.unlink(missing_ok=True)
+
+    def _open(self) -> int:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._length = os.fstat(self._file).st_size
+        return self._file
+
+    def is_new(self) -> bool:
+        """Whether it has no line yet."""
+        return self._length == 0 and not self._waiting
 
     def write(self, line: str) -> None:
         """Append a line, and hand it to the system at once: what is there can be read while training goes on."""
@@ -44,7 +58,7 @@ class Lines:
 
     def _hand_over(self) -> None:
         while self._waiting:
-            count = os.write(self._file, self._waiting)
+            count = os.write(self._open(), self._waiting)
             self._length += count
             self._waiting = self._waiting[count:]
         self._warned = False
@@ -60,11 +74,13 @@ class Lines:
 
     def sync(self) -> None:
         """Have the system put it on the disk; from any thread."""
-        os.fsync(self._file)
+        if self._file is not None:
+            os.fsync(self._file)
 
     def close(self) -> None:
         """No more lines."""
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 def json_line(values: dict[str, Any]) -> str:

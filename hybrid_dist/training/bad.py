@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping
@@ -38,18 +37,11 @@ class BadPictures:
         """
         self.path, self.tables, self.limit, self.control, self.say = path, tables, limit, control, say
         self._known: dict[str, set[str]] = {split: set() for split in tables}
-        self._file: Lines | None = None
-        self._waiting: list[str] = []
-        self._warned = False
-        if control.rank == 0:
-            with contextlib.suppress(OSError):  # what can't be taken up is met again
-                self._take_up(keep)
+        self.lines = Lines(path, keep, say) if control.rank == 0 else None
+        if self.lines is not None and not self.lines.is_new():
+            self._take_up()
 
-    def _take_up(self, keep: int) -> None:
-        if not keep or not self.path.exists():
-            self.path.unlink(missing_ok=True)
-            return
-        self._file = Lines(self.path, keep, self.say)
+    def _take_up(self) -> None:
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             for cells in csv.reader(file):
                 if len(cells) == len(HEADER) and cells[0] in self._known:
@@ -72,32 +64,22 @@ class BadPictures:
             raise UserError(problem, shared=True)
 
     def _add(self, split: str, row: int, reason: str) -> None:
+        assert self.lines is not None  # rank 0
         table, known = self.tables[split], self._known[split]
         name, reason = table.filename(row), " ".join(reason.split())
         if name in known:
             return
         known.add(name)
         line = _line(table, row)
-        self._waiting.append(_csv((split, line, name, reason)))
-        try:
-            self._hand_over()
-        except OSError as error:
-            if not self._warned:
-                self.say(f"warning: {self.path} can't be written ({error.strerror}); its lines wait in memory")
-            self._warned = True
+        if self.lines.is_new():
+            self.lines.write(_csv(HEADER))
+        self.lines.write(_csv((split, line, name, reason)))
         if len(known) <= SAID:
             more = "; later ones are only written there" if len(known) == SAID else ""
             self.say(
                 f"warning: {table.csv}: line {line}: {name!r} {reason}; it counts as a sample without labels and is"
                 f" listed in {self.path.name}{more}"
             )
-
-    def _hand_over(self) -> None:
-        if self._waiting and self._file is None:
-            self._file = Lines(self.path, 0, self.say)
-            self._file.write(_csv(HEADER))
-        while self._waiting and self._file is not None:
-            self._file.write(self._waiting.pop(0))
 
     def _too_many(self, split: str) -> str | None:
         table, count = self.tables[split], len(self._known[split])
@@ -107,25 +89,6 @@ class BadPictures:
             f"{count} of {len(table)} pictures of {table.csv} can't be used, more than data.max_bad: {self.limit:g}"
             f" allows; they are listed in {self.path}, and hybrid-dist check-data finds them all"
         )
-
-    def position(self) -> int:
-        """The file's length in bytes, with every line in it.
-
-        Raises:
-            OSError: some line can't be written.
-        """
-        self._hand_over()
-        return self._file.position() if self._file is not None else 0
-
-    def sync(self) -> None:
-        """Have the system put it on the disk; from any thread."""
-        if self._file is not None:
-            self._file.sync()
-
-    def close(self) -> None:
-        """No more lines."""
-        if self._file is not None:
-            self._file.close()
 
 
 def _line(table: Table, row: int) -> int:

@@ -31,7 +31,6 @@ class Feed:
 
     def __init__(self, batches: Iterable[Batch], ahead: int = 1):
         """Starts the loader's processes, in the caller's thread; `ahead` batches wait ready for the next step."""
-        self._batches = batches
         self._where: Callable[[], str] = getattr(batches, "where", str)
         self._iterator = iter(batches)
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)

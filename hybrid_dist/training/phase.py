@@ -98,6 +98,8 @@ class PhaseLoop:
         self.losses = LossLog(self.control, state.pending)
         self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
         self.bad = self._bad_pictures()
+        if self.bad.lines is not None:
+            self.files[BAD_PICTURES] = self.bad.lines
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
@@ -143,7 +145,6 @@ class PhaseLoop:
         finally:
             feed.close()
             self.job.terminal.end()
-            self.bad.close()
             for file in self.files.values():
                 file.close()
         assert self.saver.newest is not None
@@ -309,7 +310,6 @@ class PhaseLoop:
         problem = None
         try:
             self.state.positions = {name: file.position() for name, file in self.files.items()}
-            self.state.positions[BAD_PICTURES] = self.bad.position()
         except OSError as error:
             problem = str(error)
         state = self.state.state_dict() | {"topology": self.topology.label, "config": self.config.identity()}
@@ -323,7 +323,6 @@ class PhaseLoop:
                 raise UserError(f"{problem}; {self._kept()}", shared=True)
 
     def _sync(self) -> None:
-        self.bad.sync()
         for file in self.files.values():
             file.sync()
 

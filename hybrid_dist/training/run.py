@@ -221,7 +221,7 @@ def _choose_packed(job: Job) -> dict[str, str]:
 def _open_packed(job: Job, split: str, signature: str) -> Packed:
     """On a rank of another machine it may not be there, or be another one."""
     try:
-        packed = open_packed(job.tables[split], job.sources[split], job.config.data.image_size, look=False)
+        packed = open_packed(job.tables[split], job.config.data.image_size, None)
     except Stale as reason:
         raise UserError(f"on {socket.gethostname()}: {reason}") from None
     if packed is None:

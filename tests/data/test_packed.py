@@ -68,7 +68,7 @@ def source_of(table: Table) -> Source:
 
 def packed_now(table: Table, workers: int = 1) -> tuple[Packed, int]:
     bad = pack(table, source_of(table), SIZE, workers, print, lambda done: None).bad
-    packed = open_packed(table, source_of(table), SIZE, look=True)
+    packed = open_packed(table, SIZE, source_of(table))
     assert packed is not None
     return packed, bad
 
@@ -148,7 +148,7 @@ def test_a_stale_copy_is_not_used(change: str, table: Table) -> None:
     with pytest.raises(UserError, match=r"data\.packed: always"):
         choose_packed("always", table, source_of(table), SIZE, said.append)
     with pytest.raises(Stale):
-        open_packed(table, source_of(table), SIZE, look=True)
+        open_packed(table, SIZE, source_of(table))
     packed, _ = packed_now(table)
     assert len(packed) == len(table)
     assert choose_packed("auto", table, source_of(table), SIZE, said.append)
@@ -185,7 +185,7 @@ def test_cut_off_and_gone_on_with(table: Table, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pack_module, "_write", cut)
     with pytest.raises(KeyboardInterrupt):
         pack(table, source_of(table), SIZE, 1, print, lambda done: None)
-    assert open_packed(table, source_of(table), SIZE, look=True) is None
+    assert open_packed(table, SIZE, source_of(table)) is None
     assert sorted(path.name for path in folder_of(table).glob("*part*")) == made[:2]
     ticks: list[int] = []
     assert pack(table, source_of(table), SIZE, 1, print, ticks.append).bad == len(BAD)
@@ -335,7 +335,7 @@ def test_from_a_zip_file(table: Table, tmp_path: Path) -> None:
             choose_packed(mode, table, source, SIZE, print)
     assert pack(table, source, SIZE, 1, print, lambda done: None).bad == len(BAD)
     assert choose_packed("auto", table, source, SIZE, pytest.fail)
-    other = open_packed(table, source, SIZE, look=False)
+    other = open_packed(table, SIZE, source)
     assert other is not None
     assert all((other.picture(row) == pixels).all() for row, pixels in enumerate(want))
     with pytest.raises(UserError, match="nosuch"):

@@ -31,9 +31,10 @@ def test_each_once_over_restarts(table: Table, tmp_path: Path) -> None:
     bad = make(tmp_path, table, 0, [])
     bad.note("train", {3: 'is no "picture",\nreally'})
     bad.note("train", {3: "again", 4: "b"})
-    keep = bad.position()
+    assert bad.lines is not None
+    keep = bad.lines.position()
     bad.note("train", {7: "of a step that is made once more"})
-    bad.close()
+    bad.lines.close()
     bad = make(tmp_path, table, keep, [])
     bad.note("train", {4: "b", 5: "c"})
     want = HEADER + 'train,5,3.png,"is no ""picture"", really"\ntrain,6,4.png,b\ntrain,7,5.png,c\n'
@@ -48,7 +49,7 @@ def test_a_list_that_somebody_has_edited(text: str | None, table: Table, tmp_pat
         path.write_text(text)
     bad = make(tmp_path, table, 4000, [])
     bad.note("train", {3: "a", 4: "b"})
-    bad.close()
+    bad.lines.close()
     assert path.read_text().count("3.png") == 1
     assert path.read_text().count("4.png") == 1
 
@@ -69,7 +70,7 @@ def test_a_disk_that_takes_nothing(table: Table, tmp_path: Path) -> None:
     bad.note("train", {4: "b"})
     assert sum("its lines wait in memory" in line for line in said) == 1
     with pytest.raises(OSError, match="No such file"):
-        bad.position()
+        bad.lines.position()
     folder.mkdir()
     bad.note("train", {5: "c"})
     assert (folder / "bad_pictures.csv").read_text().splitlines()[1:] == [

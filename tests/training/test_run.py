@@ -486,6 +486,10 @@ def test_from_a_packed_copy(call: Callable[..., int], broken: Path, tmp_path: Pa
     expect_same_run(tmp_path / "packed" / "tiny", folder(broken))
     assert (tmp_path / "packed/tiny/bad_pictures.csv").read_text() == BAD
 
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    images = [f"data.{split}_images={tmp_path / 'link' / split}" for split in ("train", "val")]
+    assert call(broken, *where, *images, f"run.dir={tmp_path / 'link_runs'}", "data.packed=always") == 0
+
     # Packed from elsewhere, which training then does not look at any more.
     archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "data"))
     urls = [f"data.{split}_images=zip://{split}::file://{archive}" for split in ("train", "val")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import signal
 import stat
 import warnings
@@ -24,6 +23,7 @@ from PIL import Image
 
 from hybrid_dist.data.pictures import PictureError, decode_picture
 from hybrid_dist.errors import UserError
+from hybrid_dist.machine import cores
 from hybrid_dist.parent import signal_on_parents_death
 
 CHUNK = 16
@@ -96,8 +96,7 @@ def measure(
         UserError: processes die again and again, whatever they are given.
     """
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, MOST_WORKERS) if cores > 1 and len(paths) > 8 * CHUNK else 0
+        workers = min(cores(), MOST_WORKERS) if cores() > 1 and len(paths) > 8 * CHUNK else 0
     chunks = [range(start, min(start + CHUNK, len(paths))) for start in range(0, len(paths), CHUNK)]
     facts: list[Facts] = [Facts("")] * len(paths)
     done = 0

@@ -15,6 +15,8 @@ from hybrid_dist.data.check.folders import Files, folder_findings, named_files
 from hybrid_dist.data.check.pictures import Facts, Pictures, measure
 from hybrid_dist.data.check.sizes import aspect_ratio, picture_findings
 from hybrid_dist.data.check.tables import Split, class_counts, read_splits, table_findings
+from hybrid_dist.data.source import is_remote
+from hybrid_dist.errors import UserError
 
 BINS = 20
 """Of a histogram of scores: 0–0.05, …, 0.95–1."""
@@ -104,7 +106,13 @@ def check_data(
         config: says where the data set is, which tasks it is for and how large the model sees a picture.
         workers: processes that decode; 0: none but this one; None: a core each.
         progress: told how many pictures of how many are decoded, 0 at first.
+
+    Raises:
+        UserError: the pictures are in no folder.
     """
+    for images in (config.data.train_images, config.data.val_images):
+        if is_remote(images):
+            raise UserError(f"{images}: check-data looks at folders; hybrid-dist pack tells which of these are bad")
     splits = read_splits(config)
     files, findings = named_files(splits)
     findings += table_findings(splits, config.tasks)
