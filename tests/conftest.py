@@ -45,6 +45,23 @@ def write_split(folder: Path, split: str, count: int, seed: int, blank: float) -
         writer.writerows(rows)
 
 
+def scene(seed: int, width: int = 120, height: int = 60) -> np.ndarray:
+    """A picture that looks like no other: coloured patches under fine grain."""
+    rng = np.random.default_rng(seed)
+    patches = cv2.resize(
+        rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    return cv2.add(patches, rng.integers(0, 20, patches.shape, dtype=np.uint8))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table whose columns are the first row's keys."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """56 training and 23 validation pictures, a quarter of the labels blank; neither divides into batches of 16."""

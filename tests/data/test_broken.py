@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,17 +22,11 @@ from safetensors.torch import load_file
 
 import train
 from hybrid_dist import cli
-from tests.conftest import AIRLINES, TYPES, read_lines, tiny_values
+from tests.conftest import AIRLINES, TYPES, read_lines, scene, tiny_values, write_rows
 
 ROW, NAME = 3, "003.png"
 """The row and the picture that break."""
 COUNTS = {"train": 40, "val": 12}
-
-
-def scene(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    patches = cv2.resize(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (100, 50), interpolation=cv2.INTER_CUBIC)
-    return cv2.add(patches, rng.integers(0, 20, patches.shape, dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +44,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
             })  # fmt: skip
         write_rows(folder / f"{split}.csv", rows)
     return folder
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @dataclass

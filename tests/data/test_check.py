@@ -31,18 +31,9 @@ from hybrid_dist.data.check.pictures import Facts, facts_of, measure
 from hybrid_dist.data.pictures import decode_picture
 from hybrid_dist.data.synth.picture import render_picture
 from hybrid_dist.report.data_text import printable
-from tests.conftest import AIRLINES, TYPES, environment, tiny_values
+from tests.conftest import AIRLINES, TYPES, environment, scene, tiny_values, write_rows
 
 COUNTS = {"train": 60, "val": 18}
-
-
-def scene(seed: int, width: int = 120, height: int = 60) -> np.ndarray:
-    """A picture that looks like no other: coloured patches under fine grain."""
-    rng = np.random.default_rng(seed)
-    patches = cv2.resize(
-        rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
-    )
-    return cv2.add(patches, rng.integers(0, 20, patches.shape, dtype=np.uint8))
 
 
 def save(pixels: np.ndarray, path: Path, **options: int) -> None:
@@ -102,13 +93,6 @@ class Data:
 
     def picture(self, row: int, split: str = "train") -> np.ndarray:
         return np.array(Image.open(self.folder / split / f"{row:03d}.png"))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @pytest.fixture
