@@ -124,7 +124,7 @@ def test_the_code_of_a_stop_in_the_middle_of_a_picture(tiny_data: Path, tmp_path
     at = 0
     for _ in range(3):  # it is a race that the crash has to win
         with Running(config, run, None, "data.workers=0") as training:
-            assert training.wait_for("a step", lambda: training.steps() > at), training.tail()
+            assert training.wait_for("a step", lambda at=at: training.steps() > at), training.tail()
             training.launcher.terminate()
             assert training.end(SECONDS) == 75, training.tail()
             assert training.status()["state"] == "stopped"
