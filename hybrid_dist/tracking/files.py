@@ -18,23 +18,24 @@ from hybrid_dist.files import write_atomic
 class Lines:
     """A file of lines that can be cut back to where a checkpoint left it."""
 
-    def __init__(self, path: Path, keep: int, warn: Callable[[str], None]):
-        """Append to `path` after its first `keep` bytes; what stands behind them goes. The first line makes a new file.
+    def __init__(self, path: Path, keep: int, warn: Callable[[str], None], if_any: bool = False):
+        """Append to `path` after its first `keep` bytes; what stands behind them goes.
 
         Args:
             warn: Told when lines begin to wait for the disk.
+            if_any: There is no file as long as it would have no line.
         """
         self.path, self.warn = path, warn
         self._file: int | None = None
         self._length = 0
         self._waiting = b""
         self._warned = False
-        if keep and path.exists():
-            if path.stat().st_size > keep:
-                os.truncate(path, keep)
-            self._open()
-        else:
+        if if_any and not keep:
             path.unlink(missing_ok=True)
+        if path.exists() and path.stat().st_size > keep:
+            os.truncate(path, keep)
+        if path.exists() or not if_any:
+            self._open()
 
     def _open(self) -> int:
         if self._file is None:

@@ -37,7 +37,7 @@ class BadPictures:
         """
         self.path, self.tables, self.limit, self.control, self.say = path, tables, limit, control, say
         self._known: dict[str, set[str]] = {split: set() for split in tables}
-        self.lines = Lines(path, keep, say) if control.rank == 0 else None
+        self.lines = Lines(path, keep, say, if_any=True) if control.rank == 0 else None
         if self.lines is not None and not self.lines.is_new():
             self._take_up()
 
