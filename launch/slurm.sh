@@ -19,22 +19,22 @@ TRIES=2 # starts in a row without a new checkpoint, after which it is not tried 
 
 say() { echo "$(date +%FT%T) slurm.sh: $*"; }
 
-give_up() { # CODE WHY…
+end_job() { # CODE WHY…: for good
   local code=$1
   shift
-  rm -f "${memory:-}"
+  [[ -z ${memory:-} ]] || rm -f "$memory"
   say "$*"
   exit "$code"
 }
 
 # Sets `python`, `nodes`, `processes` (per node), `launch_file`.
 look_around() {
-  [[ -n ${SLURM_JOB_ID:-} ]] || give_up 2 "not in a SLURM job: sbatch launch/slurm.sh --config …"
-  [[ -f train.py ]] || give_up 2 "no train.py in $PWD: submit from the project's folder, or with --chdir"
+  [[ -n ${SLURM_JOB_ID:-} ]] || end_job 2 "not in a SLURM job: sbatch launch/slurm.sh --config …"
+  [[ -f train.py ]] || end_job 2 "no train.py in $PWD: submit from the project's folder, or with --chdir"
   local venv=${VENV:-.venv}
   python=${PYTHON:-$venv/bin/python}
   [[ -n ${PYTHON:-}${VENV:-} || -x $python ]] || python=python3
-  command -v "$python" >/dev/null || give_up 2 "there is no $python: VENV=… or PYTHON=… names one"
+  command -v "$python" >/dev/null || end_job 2 "there is no $python: VENV=… or PYTHON=… names one"
   nodes=${SLURM_JOB_NUM_NODES:-1}
   processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   ((processes > 0)) || processes=1
@@ -45,9 +45,9 @@ look_around() {
   fi
   launch_file=$launch
   [[ $launch == */* || $launch == *.yaml ]] || launch_file=launch/accelerate/$launch.yaml
-  [[ -f $launch_file ]] || give_up 2 "LAUNCH=$launch: there is no $launch_file"
+  [[ -f $launch_file ]] || end_job 2 "LAUNCH=$launch: there is no $launch_file"
   if ((nodes * processes > 1)) && grep -q "^distributed_type: *'\?NO" "$launch_file"; then
-    give_up 2 "LAUNCH=$launch is for one process, and this job is to have $((nodes * processes)): zero2 would do"
+    end_job 2 "LAUNCH=$launch is for one process, and this job is to have $((nodes * processes)): zero2 would do"
   fi
   local cpus=$((${SLURM_CPUS_ON_NODE:-1} / processes))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 1 ? cpus : 1))}
@@ -56,7 +56,7 @@ look_around() {
 # Sets `folder`, `step` (of the newest checkpoint), `state`, `reason`, `written`, `left`, `sentence`.
 look_at_run() {
   local lines
-  lines=$("$python" -m hybrid_dist.standing "$@") || give_up 2 "not started, see above; submit again once it is right"
+  lines=$("$python" -m hybrid_dist.standing "$@") || end_job 2 "not started, see above; submit again once it is right"
   # shellcheck disable=SC2034  # `left` is phases.sh's
   { read -r folder; read -r step; read -r state; read -r reason; read -r written; read -r left; read -r sentence; } \
     <<<"$lines"
@@ -148,18 +148,18 @@ go_on_or_give_up() {
   look_at_run "${arguments[@]}"
   end=$(describe_end)
   if is_cancelled; then
-    give_up 75 "cancelled at step $step ($end); submit again to go on"
+    end_job 75 "cancelled at step $step ($end); submit again to go on"
   elif [[ -z $asked && $end == "stopped: a STOP file" ]]; then
-    give_up 75 "stopped at step $step by somebody's STOP file; submit again to go on"
+    end_job 75 "stopped at step $step by somebody's STOP file; submit again to go on"
   elif ((step > step_before)); then
     tries=0
   elif [[ $asked != TERM ]]; then # to be preempted early is nobody's fault
     tries=$((tries + 1))
   fi
-  ((tries < TRIES)) || give_up 1 "given up: $tries starts in a row without a new checkpoint (step $step); the last: $end"
+  ((tries < TRIES)) || end_job 1 "given up: $tries starts in a row without a new checkpoint (step $step); the last: $end"
   remember
   say "requeued at step $step ($end)"
-  scontrol requeue "$SLURM_JOB_ID" || give_up 75 "can't be requeued, see above; submit again to go on"
+  scontrol requeue "$SLURM_JOB_ID" || end_job 75 "can't be requeued, see above; submit again to go on"
 }
 
 main() {
@@ -176,7 +176,10 @@ main() {
     "$launch_file: $sentence"
   start_training
   wait_for_training
-  ((code != 0)) || give_up 0 "done"
+  if ((code == 0)); then
+    look_at_run "${arguments[@]}"
+    end_job 0 "done: $sentence"
+  fi
   go_on_or_give_up
 }
 
