@@ -113,12 +113,14 @@ start_training() {
 # Again and again: training removes a file from before it began, and there may be no folder of this run yet.
 ask_to_stop() { [[ ! -f $folder/config.yaml || -e $folder/STOP ]] || touch "$folder/STOP" || true; }
 
-# Sets `code`.
+# Sets `code`; and, if it was asked to stop for want of time, `time_is_up`: when that is, in seconds, 0 if unknown.
 wait_for_training() {
+  time_is_up=0
   code=0
   wait "$training" || code=$?
   if [[ -n $asked ]]; then # the trap has ended the wait
     say "$asked: asking training to checkpoint and stop"
+    time_is_up=$(date +%s -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" 2>/dev/null) || time_is_up=0
     while kill -0 "$training" 2>/dev/null; do
       ask_to_stop
       sleep 1
@@ -140,7 +142,13 @@ describe_end() {
   fi
 }
 
-is_cancelled() { [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *JobState=CANCELLED* ]]; }
+# Whether SLURM has ended the job already, and it is not for want of time or for a job that goes first: scancel.
+is_cancelled() {
+  local facts
+  facts=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
+  [[ $facts != *JobState=RUNNING* && $facts == *PreemptTime=None* ]] || return 1
+  [[ $asked != USR1 ]] || (($(date +%s) < time_is_up))
+}
 
 # After a start that did not finish: requeue, or say why not.
 go_on_or_give_up() {
@@ -159,13 +167,15 @@ go_on_or_give_up() {
   ((tries < TRIES)) || end_job 1 "given up: $tries starts in a row without a new checkpoint (step $step); the last: $end"
   remember
   say "requeued at step $step ($end)"
-  scontrol requeue "$SLURM_JOB_ID" || end_job 75 "can't be requeued, see above; submit again to go on"
+  # It fails where SLURM has done it already, at once as preemption may be, and where it must not be done.
+  scontrol requeue "$SLURM_JOB_ID" || say "requeueing failed, see above: if the job is gone, submit again to go on"
+  exit 75
 }
 
 main() {
   asked=
-  trap 'asked=USR1' USR1
-  trap 'asked=TERM' TERM
+  trap ': "${asked:=USR1}"' USR1
+  trap ': "${asked:=TERM}"' TERM
   arguments=("$@")
   look_around
   look_at_run "${arguments[@]}"

@@ -100,7 +100,9 @@ class Cluster:
         self._start("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._start("slurmd", "-D", "-N", node)
-        self.wait_for("two idle nodes", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 60)
+        self.wait_for(
+            "two idle nodes", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 60
+        )
 
     def _start(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
@@ -156,7 +158,9 @@ class Cluster:
         while not test():
             gone = [daemon.args for daemon in self.daemons if daemon.poll() is not None]
             if gone or time.monotonic() > until:
-                logs = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-2000:]}" for log in self.folder.glob("*.log"))
+                logs = "\n".join(
+                    f"{log}:\n{log.read_text(errors='replace')[-2000:]}" for log in self.folder.glob("*.log")
+                )
                 pytest.fail(f"waited {seconds} s for {what}; daemons gone: {gone}\n{logs}")
             time.sleep(0.2)
 
@@ -181,7 +185,9 @@ class Job:
         until = time.monotonic() + seconds
         while not test():
             if time.monotonic() > until:
-                pytest.fail(f"waited {seconds} s for {what} of job {self.number}: {self.facts()}\n{self.text()[-4000:]}")
+                pytest.fail(
+                    f"waited {seconds} s for {what} of job {self.number}: {self.facts()}\n{self.text()[-4000:]}"
+                )
             time.sleep(0.2)
 
     def release(self, seconds: float = 90) -> None:
