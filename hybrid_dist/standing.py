@@ -63,7 +63,7 @@ def find(config: Config, fresh: bool = False) -> Standing:
 
 
 def _newest(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The step and the state of the checkpoint of the highest step. Whether its bytes are whole is for training to see."""
+    """The step and the state of the checkpoint of the highest step. Training checks its bytes."""
     found: dict[int, Path] = {}
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
