@@ -131,10 +131,20 @@ wait_for_training() {
   fi
 }
 
+# What training has said of this start's failure, from this job's log; nothing if it has said nothing, or elsewhere.
+last_words() {
+  local log
+  log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p') || return 0
+  [[ -r $log ]] || return 0
+  awk '/ slurm\.sh: job [0-9]+, start / { said = "" } /^train\.py: / { said = $0 } END { print said }' "$log"
+}
+
 # What became of this start, in words.
 describe_end() {
   if ((written == written_before)); then
-    echo "it failed before training began (exit $code), see above"
+    local said
+    said=$(last_words)
+    echo "it failed before training began: ${said:-exit $code, see above}"
   elif [[ $state == running ]]; then
     echo "it ended without a word (exit $code)"
   else

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,8 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.env = {**environment(), "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        own = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path(), "PYTHON": sys.executable}
+        self.env = {**environment(), **own}
         # Of a job that the tests themselves may be in.
         for name in [name for name in self.env if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
             del self.env[name]
@@ -169,7 +171,7 @@ class Job:
     """One that has been submitted."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path):
-        self.cluster, self.number, self.log = cluster, number, log
+        self.cluster, self.number, self.log, self.restarts = cluster, number, log, 0
 
     def facts(self) -> dict[str, str]:
         """As `scontrol show job` has them."""
@@ -191,8 +193,11 @@ class Job:
             time.sleep(0.2)
 
     def release(self, seconds: float = 90) -> None:
-        """Once it has been requeued, let it begin at once: by itself it would after two minutes."""
-        self.wait_for("requeue", lambda: self.state == "PENDING", seconds)
+        """Once it has been requeued, one time more, let it begin at once: by itself it would after two minutes."""
+        self.restarts += 1
+        self.wait_for(
+            "requeue", lambda: self.state == "PENDING" and self.facts()["Restarts"] == str(self.restarts), seconds
+        )
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def end(self, seconds: float) -> str:

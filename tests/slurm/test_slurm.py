@@ -138,8 +138,8 @@ def test_gives_up_on_what_cannot_succeed(cluster: Cluster, tiny_data: Path, tmp_
     assert "requeued at step 0 (it failed before training began" in job.text()
     assert job.end(SECONDS) == "FAILED"
     assert job.facts()["ExitCode"] == "1:0"
-    assert "given up: 2 starts in a row without a new checkpoint (step 0); the last: it failed before" in last_line(job)
-    assert f"train.py: {tmp_path / 'data' / 'val.csv'}" in "\n".join(job.text().splitlines()[-40:])
+    assert "given up: 2 starts in a row without a new checkpoint (step 0)" in last_line(job)
+    assert f"it failed before training began: train.py: {tmp_path / 'data' / 'val.csv'}" in last_line(job)
     assert not any(tmp_path.glob("runs/.*"))
 
     job = cluster.submit("--config", str(config), "train.precisoin=fp32", log=tmp_path / "log2")
