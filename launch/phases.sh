@@ -24,20 +24,22 @@ submit() { # PHASE DEPENDENCY ARGUMENTS…
   launch=$(setting LAUNCH "$phase" "${LAUNCH:-}")
   # A job that waits for one that has failed would wait for ever.
   LAUNCH=$launch sbatch --parsable --kill-on-invalid-dep=yes --job-name="$(basename "$folder")-$phase" \
-    --dependency="$dependency" ${options[@]+"${options[@]}"} launch/slurm.sh "$@" --phase "$phase" | cut -d ';' -f 1
+    ${dependency:+--dependency="$dependency"} ${options[@]+"${options[@]}"} launch/slurm.sh "$@" --phase "$phase" | cut -d ';' -f 1
 }
 
 lines=$("$python" -m hybrid_dist.standing "$@")
 { read -r folder; for _ in 1 2 3 4; do read -r _; done; read -r left; read -r sentence; } <<<"$lines"
 echo "$sentence"
 
-# Jobs of one name run one at a time: those that an earlier call has submitted come first.
-dependency=singleton
+# Two jobs can't be in a run's folder at once: those that an earlier call has submitted come first.
+names=$(for phase in $left; do echo "$(basename "$folder")-$phase"; done | paste -sd ,)
+earlier=$(squeue --noheader --user="$(id -un)" --name="$names" --format=%i | paste -sd :)
+dependency=${earlier:+afterany:$earlier}
 arguments=("$@")
 for phase in $left; do
   job=$(submit "$phase" "$dependency" "${arguments[@]}")
   echo "phase $phase: job $job"
-  dependency=afterok:$job,singleton
+  dependency=afterok:$job
   # To start over is for the first of them.
   for index in "${!arguments[@]}"; do
     [[ ${arguments[index]} != --fresh ]] || unset "arguments[index]"

@@ -193,12 +193,15 @@ class Job:
             time.sleep(0.2)
 
     def release(self, seconds: float = 90) -> None:
-        """Once it has been requeued, one time more, let it begin at once: by itself it would after two minutes."""
+        """Once it has been requeued, one time more, let it begin soon: by itself it would after two minutes.
+
+        Not at once: a node takes no job in the second in which it has ended it.
+        """
         self.restarts += 1
         self.wait_for(
             "requeue", lambda: self.state == "PENDING" and self.facts()["Restarts"] == str(self.restarts), seconds
         )
-        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
 
     def end(self, seconds: float) -> str:
         """Its last state, once it has ended for good."""
