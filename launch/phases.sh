@@ -30,6 +30,7 @@ submit() { # PHASE DEPENDENCY ARGUMENTS…
 lines=$("$python" -m hybrid_dist.standing "$@")
 { read -r folder; for _ in 1 2 3 4; do read -r _; done; read -r left; read -r sentence; } <<<"$lines"
 echo "$sentence"
+[[ -n $left ]] || exit 0
 
 # Two jobs can't be in a run's folder at once: those that an earlier call has submitted come first.
 names=$(for phase in $left; do echo "$(basename "$folder")-$phase"; done | paste -sd ,)

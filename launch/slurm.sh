@@ -83,6 +83,10 @@ drop_followed_fresh() {
     [[ $argument == --fresh ]] || kept+=("$argument")
   done
   arguments=("${kept[@]}")
+}
+
+look_again() {
+  drop_followed_fresh
   look_at_run "${arguments[@]}"
 }
 
@@ -163,7 +167,7 @@ is_cancelled() {
 # After a start that did not finish: requeue, or say why not.
 go_on_or_give_up() {
   local written_before=$written step_before=$step end
-  look_at_run "${arguments[@]}"
+  look_again
   end=$(describe_end)
   if is_cancelled; then
     end_job 75 "cancelled at step $step ($end); submit again to go on"
@@ -190,14 +194,14 @@ main() {
   look_around
   look_at_run "${arguments[@]}"
   recall
-  drop_followed_fresh
+  look_again
   remember
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes × $processes processes," \
     "$launch_file: $sentence"
   start_training
   wait_for_training
   if ((code == 0)); then
-    look_at_run "${arguments[@]}"
+    look_again
     end_job 0 "done: $sentence"
   fi
   go_on_or_give_up
