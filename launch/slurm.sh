@@ -121,8 +121,8 @@ ask_to_stop() { [[ ! -f $folder/config.yaml || -e $folder/STOP ]] || touch "$fol
 wait_for_training() {
   time_is_up=0
   code=0
-  wait "$training" || code=$?
-  if [[ -n $asked ]]; then # the trap has ended the wait
+  [[ -n $asked ]] || wait "$training" || code=$?
+  if [[ -n $asked ]]; then # before the wait, or the trap has ended it
     say "$asked: asking training to checkpoint and stop"
     time_is_up=$(date +%s -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" 2>/dev/null) || time_is_up=0
     while kill -0 "$training" 2>/dev/null; do

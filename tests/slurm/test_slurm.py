@@ -150,7 +150,8 @@ def test_gives_up_on_what_cannot_succeed(cluster: Cluster, tiny_data: Path, tmp_
 
 
 def test_fresh_means_one_start(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
-    """Catches: a --fresh that starts over after each requeue, or whose progress is not seen; a stop by hand that is requeued."""
+    """Catches: a --fresh that starts over after each requeue, or whose progress is not seen; a stop by hand that is
+    requeued."""
     config, run = make_config(tiny_data, tmp_path), tmp_path / "runs" / "tiny"
     arguments = ("--config", str(config), "phases.0.steps=4", "phases.1.steps=4", "phases.2.steps=400")
     job = cluster.submit(*arguments, log=tmp_path / "log")
