@@ -124,7 +124,9 @@ wait_for_training() {
   [[ -n $asked ]] || wait "$training" || code=$?
   if [[ -n $asked ]]; then # before the wait, or the trap has ended it
     say "$asked: asking training to checkpoint and stop"
-    time_is_up=$(date +%s -d "$(squeue --noheader --job "$SLURM_JOB_ID" --format %e)" 2>/dev/null) || time_is_up=0
+    local end
+    end=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e) || end=
+    time_is_up=$(date +%s -d "${end:-unknown}" 2>/dev/null) || time_is_up=0
     while kill -0 "$training" 2>/dev/null; do
       ask_to_stop
       sleep 1
@@ -161,7 +163,7 @@ is_cancelled() {
   local facts
   facts=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
   [[ $facts != *JobState=RUNNING* && $facts == *PreemptTime=None* ]] || return 1
-  [[ $asked != USR1 ]] || (($(date +%s) < time_is_up))
+  [[ $asked != USR1 ]] || ((time_is_up == 0 || $(date +%s) < time_is_up))
 }
 
 # After a start that did not finish: requeue, or say why not.
@@ -181,7 +183,7 @@ go_on_or_give_up() {
   ((tries < TRIES)) || end_job 1 "given up: $tries starts in a row without a new checkpoint (step $step); the last: $end"
   remember
   say "requeued at step $step ($end)"
-  # It fails where SLURM has done it already, at once as preemption may be, and where it must not be done.
+  # It fails where SLURM has done it already, for preemption without time for this, and where the site forbids it.
   scontrol requeue "$SLURM_JOB_ID" || say "requeueing failed, see above: if the job is gone, submit again to go on"
   exit 75
 }
