@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from hybrid_dist.arguments import parse
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import ends_with_its_launcher
 from hybrid_dist.training.stop import Stop
 
-if TYPE_CHECKING:
-    from hybrid_dist.config import Config
-
 CRASHED = 1
-
-
-def parse(argv: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """Read the command line and the config it names."""
-    from hybrid_dist.config import load_config
-
-    parser = argparse.ArgumentParser(description="Train a run: what is left of its phases, or of one of them.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("--phase", metavar="NAME", help="only this phase, as a job of its own")
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run is kept under another name")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
-    arguments = parser.parse_intermixed_args(argv)
-    return load_config(arguments.config, arguments.overrides), arguments
 
 
 def main() -> int:
@@ -46,7 +30,7 @@ def _train(stop: Stop) -> int:
     topology = None
     try:
         with ends_with_its_launcher():
-            config, arguments = parse()
+            config, arguments = parse(None, "Train a run: what is left of its phases, or of one of them.")
             from hybrid_dist.distributed import leave, start
             from hybrid_dist.training.run import run
 

@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# A run as a SLURM job that checkpoints before its time is up, requeues itself and goes on until it is finished:
+#   sbatch [sbatch options] launch/slurm.sh --config configs/large.yaml [--phase b] [--fresh] [key=value …]
+# What a site needs are sbatch options (--nodes, --gpus-per-node, --cpus-per-task, --time, --partition, --account …;
+# --signal=B:USR1@600 where a checkpoint takes long) or the environment:
+#   LAUNCH              a file of launch/accelerate/ without .yaml, or a path (zero2; single_gpu for one process)
+#   PROCESSES_PER_NODE  (the GPUs that the job has on a node; 1 without any)
+#   VENV, PYTHON        (.venv if there is one, and its python; else python3)
+#   OMP_NUM_THREADS     (a process's share of the job's CPUs on a node)
+#SBATCH --job-name=hybrid-dist
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+
+TRIES=2 # starts in a row without a new checkpoint, after which it is not tried again
+
+say() { echo "$(date +%FT%T) slurm.sh: $*"; }
+
+end_job() { # CODE WHY…: for good
+  local code=$1
+  shift
+  [[ -z ${memory:-} ]] || rm -f "$memory"
+  say "$*"
+  exit "$code"
+}
+
+# Sets `python`, `nodes`, `processes` (per node), `launch_file`.
+look_around() {
+  [[ -n ${SLURM_JOB_ID:-} ]] || end_job 2 "not in a SLURM job: sbatch launch/slurm.sh --config …"
+  [[ -f train.py ]] || end_job 2 "no train.py in $PWD: submit from the project's folder, or with --chdir"
+  local venv=${VENV:-.venv}
+  python=${PYTHON:-$venv/bin/python}
+  [[ -n ${PYTHON:-}${VENV:-} || -x $python ]] || python=python3
+  command -v "$python" >/dev/null || end_job 2 "there is no $python: VENV=… or PYTHON=… names one"
+  nodes=${SLURM_JOB_NUM_NODES:-1}
+  processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  ((processes > 0)) || processes=1
+  local launch=${LAUNCH:-}
+  if [[ -z $launch ]]; then
+    launch=zero2
+    ((nodes * processes > 1)) || launch=single_gpu
+  fi
+  launch_file=$launch
+  [[ $launch == */* || $launch == *.yaml ]] || launch_file=launch/accelerate/$launch.yaml
+  [[ -f $launch_file ]] || end_job 2 "LAUNCH=$launch: there is no $launch_file"
+  if ((nodes * processes > 1)) && grep -q "^distributed_type: *'\?NO" "$launch_file"; then
+    end_job 2 "LAUNCH=$launch is for one process, and this job is to have $((nodes * processes)): zero2 would do"
+  fi
+  local cpus=$((${SLURM_CPUS_ON_NODE:-1} / processes))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 1 ? cpus : 1))}
+}
+
+# Sets `folder`, `step` (of the newest checkpoint), `state`, `reason`, `written`, `left`, `sentence`.
+look_at_run() {
+  local lines
+  lines=$("$python" -m hybrid_dist.standing "$@") || end_job 2 "not started, see above; submit again once it is right"
+  # shellcheck disable=SC2034  # `left` is phases.sh's
+  { read -r folder; read -r step; read -r state; read -r reason; read -r written; read -r left; read -r sentence; } \
+    <<<"$lines"
+}
+
+# What a job knows of its earlier starts lies beside the run's folder, which may not be there yet:
+# the starts in a row without a new checkpoint, and which folder stood there at first.
+remember() { mkdir -p "${memory%/*}" && echo "$tries $first" >"$memory"; }
+
+recall() {
+  memory=$(dirname "$folder")/.$(basename "$folder").job-$SLURM_JOB_ID
+  tries=0
+  first=$(stat -c %i "$folder" 2>/dev/null || echo none)
+  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -s $memory ]]; then
+    read -r tries first <"$memory"
+  fi
+}
+
+# --fresh means one fresh start, not one after each requeue: once another folder stands there, it has been followed.
+drop_followed_fresh() {
+  [[ $(stat -c %i "$folder" 2>/dev/null || echo none) != "$first" ]] || return 0
+  local kept=() argument
+  for argument in "${arguments[@]}"; do
+    [[ $argument == --fresh ]] || kept+=("$argument")
+  done
+  arguments=("${kept[@]}")
+}
+
+look_again() {
+  drop_followed_fresh
+  look_at_run "${arguments[@]}"
+}
+
+# One `accelerate launch` a node, in the background; sets `training`.
+start_training() {
+  local flags=(--config_file "$launch_file" --num_machines "$nodes" --num_processes $((nodes * processes)))
+  if ((nodes > 1)); then
+    local head address
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # The address under which SLURM itself reaches it; where a site sets none, that is its name.
+    address=$(scontrol --oneliner show node "$head" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2) || address=$head
+    # Below the range from which systems take ports for outgoing connections. Each node starts its own processes;
+    # DeepSpeed's default would reach out over ssh. With `static` the head node is sure to have rank 0.
+    flags+=(--main_process_ip "$address" --main_process_port $((20000 + SLURM_JOB_ID % 10000)))
+    flags+=(--rdzv_backend static --deepspeed_multinode_launcher standard)
+  fi
+  # Without binding a task sees all of the job's CPUs on its node. A node whose task has ended waits for the others:
+  # they may be writing; not for ever, for they may be stuck for want of it. srun takes no CPUs per task from sbatch.
+  local srun=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=120)
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+  # The rank of a node is known there alone.
+  # shellcheck disable=SC2016
+  local here='exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"'
+  "${srun[@]}" bash -c "$here" "$python" "${flags[@]}" train.py "${arguments[@]}" &
+  training=$!
+}
+
+# Again and again: training removes a file from before it began, and there may be no folder of this run yet.
+ask_to_stop() { [[ ! -f $folder/config.yaml || -e $folder/STOP ]] || touch "$folder/STOP" || true; }
+
+# Sets `code`; and, if it was asked to stop for want of time, `time_is_up`: when that is, in seconds, 0 if unknown.
+wait_for_training() {
+  time_is_up=0
+  code=0
+  [[ -n $asked ]] || wait "$training" || code=$?
+  if [[ -n $asked ]]; then # before the wait, or the trap has ended it
+    say "$asked: asking training to checkpoint and stop"
+    local end
+    end=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e) || end=
+    time_is_up=$(date +%s -d "${end:-unknown}" 2>/dev/null) || time_is_up=0
+    while kill -0 "$training" 2>/dev/null; do
+      ask_to_stop
+      sleep 1
+    done
+    code=0
+    wait "$training" || code=$?
+    rm -f "$folder/STOP"
+  fi
+}
+
+# What training has said of this start's failure, from this job's log; nothing if it has said nothing, or elsewhere.
+last_words() {
+  local log
+  log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p') || return 0
+  [[ -r $log ]] || return 0
+  awk '/ slurm\.sh: job [0-9]+, start / { said = "" } /^train\.py: / { said = $0 } END { print said }' "$log"
+}
+
+# What became of this start, in words.
+describe_end() {
+  if ((written == written_before)); then
+    local said
+    said=$(last_words)
+    echo "it failed before training began: ${said:-exit $code, see above}"
+  elif [[ $state == running ]]; then
+    echo "it ended without a word (exit $code)"
+  else
+    echo "$state: $reason"
+  fi
+}
+
+# Whether SLURM has ended the job already, and it is not for want of time or for a job that goes first: scancel.
+is_cancelled() {
+  local facts
+  facts=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
+  [[ $facts != *JobState=RUNNING* && $facts == *PreemptTime=None* ]] || return 1
+  [[ $asked != USR1 ]] || ((time_is_up == 0 || $(date +%s) < time_is_up))
+}
+
+# After a start that did not finish: requeue, or say why not.
+go_on_or_give_up() {
+  local written_before=$written step_before=$step end
+  look_again
+  end=$(describe_end)
+  if is_cancelled; then
+    end_job 75 "cancelled at step $step ($end); submit again to go on"
+  elif [[ -z $asked && $end == "stopped: a STOP file" ]]; then
+    end_job 75 "stopped at step $step by somebody's STOP file; submit again to go on"
+  elif ((step > step_before)); then
+    tries=0
+  elif [[ $asked != TERM ]]; then # to be preempted early is nobody's fault
+    tries=$((tries + 1))
+  fi
+  ((tries < TRIES)) || end_job 1 "given up: $tries starts in a row without a new checkpoint (step $step); the last: $end"
+  remember
+  say "requeued at step $step ($end)"
+  # It fails where SLURM has done it already, for preemption without time for this, and where the site forbids it.
+  scontrol requeue "$SLURM_JOB_ID" || say "requeueing failed, see above: if the job is gone, submit again to go on"
+  exit 75
+}
+
+main() {
+  asked=
+  trap ': "${asked:=USR1}"' USR1
+  trap ': "${asked:=TERM}"' TERM
+  arguments=("$@")
+  look_around
+  look_at_run "${arguments[@]}"
+  recall
+  look_again
+  remember
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes × $processes processes," \
+    "$launch_file: $sentence"
+  start_training
+  wait_for_training
+  if ((code == 0)); then
+    look_again
+    end_job 0 "done: $sentence"
+  fi
+  go_on_or_give_up
+}
+
+main "$@"

@@ -1,0 +1,231 @@
+"""A real SLURM with two nodes, both this machine: daemons, keys and logs of its own in a folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, environment
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdSpoolDir={folder}/spool.%n
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+MpiDefault=none
+KillWait={kill_wait}
+SchedulerParameters=sched_interval=2,batch_sched_delay=1,bf_interval=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
+PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=INFINITE GraceTime=60
+PartitionName=high Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE
+"""
+
+
+def why_not() -> str | None:
+    """Why there can be no SLURM here, if so."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"SLURM is not installed ({', '.join(missing)} not found): apt-get install slurm-wlm munge"
+    return None if os.geteuid() == 0 else "slurmd needs root"
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+class Cluster:
+    """Started with `with`; ended with its jobs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        own = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path(), "PYTHON": sys.executable}
+        self.env = {**environment(), **own}
+        # Of a job that the tests themselves may be in.
+        for name in [name for name in self.env if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]:
+            del self.env[name]
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Cluster:
+        host = socket.gethostname().partition(".")[0]
+        (self.folder / "state").mkdir()
+        (self.folder / "slurm.conf").write_text(
+            CONF.format(folder=self.folder, host=host, ports=_free_ports(3), kill_wait=30)
+        )
+        # An empty one: no limits by cgroups, which a container has no say in.
+        (self.folder / "cgroup.conf").write_text("")
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_all(self) -> None:
+        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        options = [f"--{option}={self.folder}/munge.{name}" for option, name in files.items()]
+        # --force: a temporary folder is readable by others, which munged does not like.
+        self._start("munged", "--foreground", "--force", *options)
+        self.wait_for("munged", (self.folder / "munge.socket").exists, 20)
+        self._start("slurmctld", "-D")
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-N", node)
+        self.wait_for(
+            "two idle nodes", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 60
+        )
+
+    def _start(self, *command: str) -> None:
+        with (self.folder / "daemons.log").open("ab") as log:
+            self.daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True))
+
+    def __exit__(self, *_: Any) -> None:
+        """Jobs first, then what has kept them; whatever a daemon has started goes with it."""
+        if len(self.daemons) > 1:
+            self.run("scancel", "--signal=KILL", "--full", "--user=root", check=False)
+            self.run("scancel", "--user=root", check=False)
+        below = [child for daemon in self.daemons for child in _children(daemon.pid)]
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for process in {*below, *self._strays()}:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    def _strays(self) -> list[psutil.Process]:
+        """What this cluster has started and lost: slurmd lets go of its steps."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def run(self, *command: str, check: bool = True, **env: str) -> str:
+        """A command's standard output."""
+        done = subprocess.run(
+            command, cwd=ROOT, env={**self.env, **env}, timeout=60, capture_output=True, text=True, check=False
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)}: exit {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def submit(self, *arguments: str, log: Path, options: tuple[str, ...] = (), **env: str) -> Job:
+        """`sbatch launch/slurm.sh` with these arguments."""
+        options = ("--parsable", f"--output={log}", *options)
+        return Job(self, self.run("sbatch", *options, "launch/slurm.sh", *arguments, **env), log)
+
+    def wait_for(self, what: str, test: Callable[[], Any], seconds: float) -> None:
+        """Until `test` holds; fails after `seconds`, or when a daemon is gone."""
+        until = time.monotonic() + seconds
+        while not test():
+            gone = [daemon.args for daemon in self.daemons if daemon.poll() is not None]
+            if gone or time.monotonic() > until:
+                logs = "\n".join(
+                    f"{log}:\n{log.read_text(errors='replace')[-2000:]}" for log in self.folder.glob("*.log")
+                )
+                pytest.fail(f"waited {seconds} s for {what}; daemons gone: {gone}\n{logs}")
+            time.sleep(0.2)
+
+
+class Job:
+    """One that has been submitted."""
+
+    def __init__(self, cluster: Cluster, number: str, log: Path):
+        self.cluster, self.number, self.log, self.restarts = cluster, number, log, 0
+
+    def facts(self) -> dict[str, str]:
+        """As `scontrol show job` has them."""
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(pair.partition("=")[::2] for pair in shown.split())
+
+    @property
+    def state(self) -> str:
+        return self.facts()["JobState"]
+
+    def wait_for(self, what: str, test: Callable[[], Any], seconds: float) -> None:
+        """Until `test` holds; fails after `seconds`, with the log."""
+        until = time.monotonic() + seconds
+        while not test():
+            if time.monotonic() > until:
+                pytest.fail(
+                    f"waited {seconds} s for {what} of job {self.number}: {self.facts()}\n{self.text()[-4000:]}"
+                )
+            time.sleep(0.2)
+
+    def release(self, seconds: float = 90) -> None:
+        """Once it has been requeued, one time more, let it begin soon: by itself it would after two minutes.
+
+        Not at once: a node takes no job in the second in which it has ended it.
+        """
+        self.restarts += 1
+        self.wait_for(
+            "requeue", lambda: self.state == "PENDING" and self.facts()["Restarts"] == str(self.restarts), seconds
+        )
+        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
+
+    def end(self, seconds: float) -> str:
+        """Its last state, once it has ended for good."""
+        self.wait_for("the end", lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), seconds)
+        return self.state
+
+    def text(self) -> str:
+        """Its log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
