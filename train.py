@@ -34,13 +34,16 @@ def _train(stop: Stop) -> int:
             from hybrid_dist.distributed import leave, start
             from hybrid_dist.training.run import run
 
-            topology = start(config.train.precision, config.train.stall_timeout)
+            same = {**config.alike(), "--phase": arguments.phase, "--fresh": arguments.fresh}
+            topology = start(config.train.precision, config.train.stall_timeout, same)
         code = run(config, topology, stop, arguments.phase, arguments.fresh)
         leave()
         return code
     except UserError as error:
-        # What every rank runs into, rank 0 says; what one has met alone in training, it says itself.
-        if os.environ.get("RANK", "0") == "0" or (topology is not None and not error.shared):
+        # What all ranks run into, rank 0 says; what one has met alone, it says itself, but what is wrong before they
+        # have met is mostly wrong with its machine or config.
+        alone = "RANK" if error.shared else "LOCAL_RANK"
+        if os.environ.get(alone, "0") == "0" or (topology is not None and not error.shared):
             _say(f"train.py: {error}")
         if topology is not None and error.shared:
             leave()

@@ -203,6 +203,12 @@ class Config(Section):
             values[section] = {key: value for key, value in values[section].items() if key not in _FREE[section]}
         return dict(_flatten({key: value for key, value in values.items() if key not in _FREE[""]}, ""))
 
+    def alike(self) -> dict[str, Any]:
+        """The keys in which all processes of a start must agree, flat: a machine may keep its data elsewhere."""
+        values = self.model_dump(mode="json")
+        values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE["data"]}
+        return dict(_flatten(values, ""))
+
     def to_yaml(self) -> str:
         """The resolved config, as `load_config` reads it."""
         out = io.StringIO()

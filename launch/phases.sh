@@ -6,9 +6,6 @@
 # Finished phases are left out, so the same command again goes on; what it submitted before is waited for.
 set -euo pipefail
 
-python=${PYTHON:-${VENV:-.venv}/bin/python}
-[[ -n ${PYTHON:-}${VENV:-} || -x $python ]] || python=python3
-
 # The value of variable PREFIX_NAME, NAME in capitals; else $3.
 setting() {
   local variable=$1_${2^^}
@@ -27,7 +24,7 @@ submit() { # PHASE DEPENDENCY ARGUMENTS…
     ${dependency:+--dependency="$dependency"} ${options[@]+"${options[@]}"} launch/slurm.sh "$@" --phase "$phase" | cut -d ';' -f 1
 }
 
-lines=$("$python" -m hybrid_dist.standing "$@")
+lines=$(launch/python.sh -m hybrid_dist.standing "$@")
 { read -r folder; for _ in 1 2 3 4; do read -r _; done; read -r left; read -r sentence; } <<<"$lines"
 echo "$sentence"
 [[ -n $left ]] || exit 0

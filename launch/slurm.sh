@@ -5,8 +5,8 @@
 # --signal=B:USR1@600 where a checkpoint takes long) or the environment:
 #   LAUNCH              a file of launch/accelerate/ without .yaml, or a path (zero2; single_gpu for one process)
 #   PROCESSES_PER_NODE  (the GPUs that the job has on a node; 1 without any)
-#   VENV, PYTHON        (.venv if there is one, and its python; else python3)
 #   OMP_NUM_THREADS     (a process's share of the job's CPUs on a node)
+#   VENV, PYTHON        see launch/python.sh
 #SBATCH --job-name=hybrid-dist
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -27,36 +27,21 @@ end_job() { # CODE WHY…: for good
   exit "$code"
 }
 
-# Sets `python`, `nodes`, `processes` (per node), `launch_file`.
+# Sets `nodes`; and, for launch/local.sh, `PROCESSES` and `OMP_NUM_THREADS`.
 look_around() {
   [[ -n ${SLURM_JOB_ID:-} ]] || end_job 2 "not in a SLURM job: sbatch launch/slurm.sh --config …"
   [[ -f train.py ]] || end_job 2 "no train.py in $PWD: submit from the project's folder, or with --chdir"
-  local venv=${VENV:-.venv}
-  python=${PYTHON:-$venv/bin/python}
-  [[ -n ${PYTHON:-}${VENV:-} || -x $python ]] || python=python3
-  command -v "$python" >/dev/null || end_job 2 "there is no $python: VENV=… or PYTHON=… names one"
   nodes=${SLURM_JOB_NUM_NODES:-1}
-  processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-  ((processes > 0)) || processes=1
-  local launch=${LAUNCH:-}
-  if [[ -z $launch ]]; then
-    launch=zero2
-    ((nodes * processes > 1)) || launch=single_gpu
-  fi
-  launch_file=$launch
-  [[ $launch == */* || $launch == *.yaml ]] || launch_file=launch/accelerate/$launch.yaml
-  [[ -f $launch_file ]] || end_job 2 "LAUNCH=$launch: there is no $launch_file"
-  if ((nodes * processes > 1)) && grep -q "^distributed_type: *'\?NO" "$launch_file"; then
-    end_job 2 "LAUNCH=$launch is for one process, and this job is to have $((nodes * processes)): zero2 would do"
-  fi
-  local cpus=$((${SLURM_CPUS_ON_NODE:-1} / processes))
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 1 ? cpus : 1))}
+  PROCESSES=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  ((PROCESSES > 0)) || PROCESSES=1
+  local cpus=$((${SLURM_CPUS_ON_NODE:-1} / PROCESSES))
+  export PROCESSES OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 1 ? cpus : 1))}
 }
 
 # Sets `folder`, `step` (of the newest checkpoint), `state`, `reason`, `written`, `left`, `sentence`.
 look_at_run() {
   local lines
-  lines=$("$python" -m hybrid_dist.standing "$@") || end_job 2 "not started, see above; submit again once it is right"
+  lines=$(launch/python.sh -m hybrid_dist.standing "$@") || end_job 2 "not started, see above; submit again once it is right"
   # shellcheck disable=SC2034  # `left` is phases.sh's
   { read -r folder; read -r step; read -r state; read -r reason; read -r written; read -r left; read -r sentence; } \
     <<<"$lines"
@@ -90,27 +75,22 @@ look_again() {
   look_at_run "${arguments[@]}"
 }
 
-# One `accelerate launch` a node, in the background; sets `training`.
+# One launch/local.sh a node, in the background; sets `training`.
 start_training() {
-  local flags=(--config_file "$launch_file" --num_machines "$nodes" --num_processes $((nodes * processes)))
-  if ((nodes > 1)); then
-    local head address
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # The address under which SLURM itself reaches it; where a site sets none, that is its name.
-    address=$(scontrol --oneliner show node "$head" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2) || address=$head
-    # Below the range from which systems take ports for outgoing connections. Each node starts its own processes;
-    # DeepSpeed's default would reach out over ssh. With `static` the head node is sure to have rank 0.
-    flags+=(--main_process_ip "$address" --main_process_port $((20000 + SLURM_JOB_ID % 10000)))
-    flags+=(--rdzv_backend static --deepspeed_multinode_launcher standard)
-  fi
+  local head address
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # The address under which SLURM itself reaches it; where a site sets none, that is its name.
+  address=$(scontrol --oneliner show node "$head" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2) || address=$head
+  export MACHINES=$nodes HEAD=$address
+  # Below the range from which systems take ports for outgoing connections.
+  export PORT=$((20000 + SLURM_JOB_ID % 10000))
   # Without binding a task sees all of the job's CPUs on its node. A node whose task has ended waits for the others:
   # they may be writing; not for ever, for they may be stuck for want of it. srun takes no CPUs per task from sbatch.
   local srun=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=120)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   # The rank of a node is known there alone.
   # shellcheck disable=SC2016
-  local here='exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_NODEID" "$@"'
-  "${srun[@]}" bash -c "$here" "$python" "${flags[@]}" train.py "${arguments[@]}" &
+  "${srun[@]}" bash -c 'MACHINE=$SLURM_NODEID exec launch/local.sh "$@"' local.sh "${arguments[@]}" &
   training=$!
 }
 
@@ -142,7 +122,7 @@ last_words() {
   local log
   log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p') || return 0
   [[ -r $log ]] || return 0
-  awk '/ slurm\.sh: job [0-9]+, start / { said = "" } /^train\.py: / { said = $0 } END { print said }' "$log"
+  awk '/ slurm\.sh: job [0-9]+, start / { said = "" } /^(train\.py|local\.sh): |Dist[A-Z][a-z]*Error: / { said = $0 } END { print said }' "$log"
 }
 
 # What became of this start, in words.
@@ -198,8 +178,7 @@ main() {
   recall
   look_again
   remember
-  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes × $processes processes," \
-    "$launch_file: $sentence"
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $nodes × $PROCESSES processes: $sentence"
   start_training
   wait_for_training
   if ((code == 0)); then

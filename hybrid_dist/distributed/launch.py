@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from hybrid_dist.distributed.control import Control
+from hybrid_dist.distributed.meeting import choose_interface, connecting, meet
 from hybrid_dist.errors import UserError
 
 LEAST_PATIENCE = timedelta(minutes=30)
@@ -36,21 +43,33 @@ class Topology:
         return self.rank == 0
 
 
-def start(precision: str, stall_timeout: float | None) -> Topology:
+def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] | None = None) -> Topology:
     """Join the other processes, if there are any, and choose the device.
 
     Args:
         precision: `fp32`, `bf16` or `fp16`, as in `train.precision`.
         stall_timeout: Seconds, as in `train.stall_timeout`.
+        same: What all ranks must have been started with, by name.
 
     Raises:
-        UserError: the device can't do the precision.
+        UserError: the device can't do the precision; there are fewer GPUs than processes; not all ranks have come, or
+            they differ in their versions, launch file or `same`.
     """
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     has_cuda = torch.cuda.is_available() and not asked_for_cpu
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    _check_precision(precision, has_cuda)
-    patience = _patience(stall_timeout)
+    problem = _problem(precision, has_cuda)
+    if _under_launcher():
+        choose_interface()
+        meet({**_facts(has_cuda), **(same or {})}, problem)
+        with connecting():
+            return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
+    if problem is not None:
+        raise UserError(problem, shared=True)
+    return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
+
+
+def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) -> Topology:
     group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=patience)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if _under_launcher():
@@ -67,7 +86,8 @@ def start(precision: str, stall_timeout: float | None) -> Topology:
     if precision == "fp16" and deepspeed and accelerator.state.deepspeed_plugin.zero_stage > 0:
         # Its loss scale and its clipping don't know of each other: gradients come out 65,536 times too small.
         raise UserError(
-            "train.precision: DeepSpeed's fp16 autocast is wrong at ZeRO 1 to 3; bf16, fp32, or DDP would do"
+            "train.precision: DeepSpeed's fp16 autocast is wrong at ZeRO 1 to 3; bf16, fp32, or DDP would do",
+            shared=True,
         )
     return Topology(
         rank=accelerator.process_index,
@@ -90,12 +110,34 @@ def _under_launcher() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _check_precision(precision: str, has_cuda: bool) -> None:
+def _facts(has_cuda: bool) -> dict[str, str]:
+    """What has to be the same on all ranks whatever they train."""
+    facts = {"Python": platform.python_version(), "device": "cuda" if has_cuda else "cpu"}
+    facts |= {name: version(name) for name in ("torch", "accelerate", "deepspeed", "timm")}
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    facts["hybrid-dist's code"] = digest.hexdigest()[:12]
+    # How accelerate hands a launch file on.
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        value = os.environ.get(name, "")
+        facts[name] = hashlib.sha256(Path(value).read_bytes()).hexdigest()[:12] if Path(value).is_file() else value
+    return facts
+
+
+def _problem(precision: str, has_cuda: bool) -> str | None:
+    """Why this process can't take part, if so."""
     if precision == "fp16" and not has_cuda:
-        raise UserError("train.precision: fp16 needs a GPU for its loss scaler; bf16 or fp32 would do on this machine")
-    if precision == "bf16" and has_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"train.precision: {name} can't do bf16; fp16 or fp32 would do on this machine")
+        return "train.precision: fp16 needs a GPU for its loss scaler; bf16 or fp32 would do on this machine"
+    if not has_cuda:
+        return None
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > gpus:
+        return f"{processes} processes for {gpus} GPUs on this machine; --num_processes {gpus} would do"
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return f"train.precision: {torch.cuda.get_device_name()} can't do bf16; fp16 or fp32 would do on this machine"
+    return None
 
 
 def _label(accelerator: Accelerator) -> str:
