@@ -190,15 +190,22 @@ def _own_address() -> str | None:
 
 @contextmanager
 def connecting() -> Iterator[None]:
-    """Ranks that have met connect in here, which takes a moment or does not work at all: then the process ends."""
+    """Ranks that have met connect in here, which takes a moment or does not work at all.
+
+    Raises:
+        UserError: it does not. Where it would take until a collective's time-out to say so, the process ends.
+    """
+    what = (
+        f"rank {os.environ['RANK']} on {socket.gethostname()} has met the others at {_address()}, but has no connection"
+        f" with them over {os.environ.get('GLOO_SOCKET_IFNAME', 'the default interface')}"
+    )
+    remedy = (
+        "A firewall between the machines, or the wrong interface: GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME,"
+        " choose another"
+    )
 
     def give_up() -> None:
-        way = os.environ.get("GLOO_SOCKET_IFNAME", "the default interface")
-        _say(
-            f"rank {os.environ['RANK']} on {socket.gethostname()} has met the others at {_address()}, but has no"
-            f" connection with them over {way} after {CONNECT:.0f} s. A firewall between the machines, or the wrong"
-            " interface: GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME with GPUs, choose another"
-        )
+        _say(f"{what} after {CONNECT:.0f} s. {remedy}")
         os._exit(2)
 
     timer = threading.Timer(CONNECT, give_up)
@@ -206,6 +213,10 @@ def connecting() -> Iterator[None]:
     timer.start()
     try:
         yield
+    except RuntimeError as error:  # gloo's are no others
+        if "onnect" not in str(error):
+            raise
+        raise UserError(f"{what}: {str(error).splitlines()[0]}. {remedy}") from None
     finally:
         timer.cancel()
 

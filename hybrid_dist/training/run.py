@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ from hybrid_dist.training.tasks import Task, make_tasks
 from hybrid_dist.training.watch import Watch
 
 DONE = 0
+SHARED = 10.0
+"""Seconds for a network disk to show another machine's file."""
 T = TypeVar("T")
 
 
@@ -145,6 +148,7 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
 
 def _go(job: Job, only: str | None, fresh: bool) -> int:
     topology, terminal = job.topology, job.terminal
+    _check_shared(job)
     resumes = _decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job) if resumes else None
     job.saver.newest = found
@@ -295,6 +299,37 @@ def _decide(topology: Topology, check: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message, shared=True)
     return cast(T, result)
+
+
+def _check_shared(job: Job) -> None:
+    """Every machine writes its own part of a checkpoint, so all must see one disk: a file that rank 0 lays there."""
+    topology, folder = job.topology, job.folder
+    if topology.world_size == topology.local_world_size:
+        return
+
+    def lay() -> Path:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        file = place / f".{folder.name}.seen-by-all-{os.getpid()}-{time.time_ns():x}"
+        with _disk(place):
+            file.touch()
+        return file
+
+    def see() -> None:
+        until = time.monotonic() + SHARED
+        while not file.exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"rank {topology.rank} on {socket.gethostname()} doesn't see what rank 0 writes into {file.parent}:"
+                    " all machines need one disk for the run; another run.dir would do"
+                )
+            time.sleep(0.1)
+
+    file = _decide(topology, lay)
+    try:
+        _agree(topology, see)
+    finally:
+        if topology.is_main:
+            file.unlink(missing_ok=True)
 
 
 def check_folder(config: Config, only: str | None, fresh: bool) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hybrid_dist.distributed import Control
+from hybrid_dist.distributed.meeting import listed
 
 EXIT_STUCK = 70
 """As sysexits.h has it for an internal error. A launcher makes 1 of it."""
@@ -126,17 +127,12 @@ class Watch:
             return
         missing = [rank for rank in range(self.world_size) if rank not in found]
         if missing:
-            who = f"rank {_listed(missing)} (frozen or gone: it wrote no stack)"
+            who = f"{listed('rank', missing)} (frozen or gone: it wrote no stack)"
         else:
             least = min(int(str(facts["beats"])) for facts in found.values())
             behind = [rank for rank, facts in found.items() if facts["beats"] == least]
             where = found[behind[0]]
-            who = f"rank {_listed(behind)} ({where['doing']}, on {where['host']})"
+            who = f"{listed('rank', behind)} ({where['doing']}, on {where['host']})"
         reason = f"stuck: no progress for {timeout:.0f} s at {who}; every rank's stacks are in {self.folder}"
         print(f"train.py: {reason}", file=sys.stderr, flush=True)
         self.ended(reason)
-
-
-def _listed(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    return shown + (", …" if len(ranks) > 8 else "")

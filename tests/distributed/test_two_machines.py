@@ -24,14 +24,17 @@ SECONDS = 120
 class Machine(Running):
     """`launch/local.sh` on one of the two."""
 
-    def __init__(self, cable: Cable, number: int, run: Path, *arguments: str, tree: Path = ROOT, **env: str):
+    def __init__(
+        self, cable: Cable, number: int, run: Path, *arguments: str, tree: Path = ROOT,
+        script: str = "launch/local.sh", **env: str,
+    ):  # fmt: skip
         self.run, self.seen = run, set()
         self.log = run.parent.parent / f"machine-{cable.started}-{number}.log"
         cable.started += 1
         own = {"MACHINES": "2", "MACHINE": str(number), "HEAD": HEAD, "PYTHON": sys.executable, "WAIT": "60"}
         with self.log.open("wb") as log:
             self.launcher = subprocess.Popen(
-                ["ip", "netns", "exec", cable.names[number], "launch/local.sh", *arguments], cwd=tree,
+                ["ip", "netns", "exec", cable.names[number], script, *arguments], cwd=tree,
                 env={**environment(), **own, "PYTHONPATH": str(tree), **env},
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
@@ -126,11 +129,11 @@ def test_a_cable_that_is_pulled(cable: Cable, tiny_data: Path, tmp_path: Path) -
     assert 0 not in codes
     status = machines[0].status()
     assert status["state"] == "failed", (status, machines[0].tail())
-    assert "stuck" in status["reason"] or "onnection" in status["reason"], status
+    assert "stuck: no progress for 10 s at ranks 0, 1" in status["reason"]
 
     machines = cable.both(run, "--config", str(config))
     assert ends(*machines) == [0, 0], machines[0].tail()
-    assert "going on" in machines[0].text() or "from step" in machines[0].text(), machines[0].text()
+    assert ", from step" in machines[0].text(), machines[0].text()
     expect_same_run(run, tmp_path / "whole" / "tiny")
 
 
@@ -168,6 +171,23 @@ def test_what_is_wrong_is_named_at_the_start(cable: Cable, tiny_data: Path, tmp_
     assert good[0].status()["state"] == "stopped", good[0].tail()
 
 
+def test_a_disk_of_its_own(cable: Cable, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: half of each checkpoint on a disk that the other machine does not see; the file that shows it left."""
+    config = make_config(tiny_data, tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    run.parent.mkdir()
+    # A machine's mounts are its own, too.
+    mounting = f"mount -t tmpfs none {run.parent} && exec launch/local.sh"
+    (tmp_path / "local.sh").write_text(f'#!/bin/sh\n{mounting} "$@"\n')
+    (tmp_path / "local.sh").chmod(0o755)
+    first = Machine(cable, 0, run, "--config", str(config))
+    other = Machine(cable, 1, run, "--config", str(config), script=str(tmp_path / "local.sh"))
+    assert 0 not in ends(first, other)
+    assert "doesn't see what rank 0 writes into" in first.text()
+    assert "rank 1 on" in first.text()
+    assert not list(run.parent.iterdir())
+
+
 def test_machines_that_do_not_meet(cable: Cable, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: a machine that waits in silence for one that is not there; an end with 0; a port that is heard, and
     ranks that can't connect: a hang until the time-out of the first collective."""
@@ -192,8 +212,7 @@ def test_machines_that_do_not_meet(cable: Cable, tiny_data: Path, tmp_path: Path
     path = f"{tmp_path}:{ROOT}"
     lost = cable.both(run, "--config", str(config), GLOO_SOCKET_IFNAME="lo", PYTHONPATH=path)
     assert 0 not in ends(*lost)
-    said = [machine.text() for machine in lost]
-    assert any("has no connection with them over lo after 8 s" in text for text in said) or all(
-        "onnect" in text for text in said
-    ), said
+    for number, machine in enumerate(lost):
+        assert f"rank {number} on" in machine.text()
+        assert "has no connection with them over lo" in machine.text()
     assert not run.exists()
