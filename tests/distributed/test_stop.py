@@ -20,7 +20,7 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, command_line, environment, launch, tiny_values
-from tests.distributed.running import Running, expect_same_run
+from tests.distributed.running import Running, block_pictures, expect_same_run
 
 SECONDS = 30
 """From the request to the end of the last process; after that long a launcher kills."""
@@ -37,22 +37,6 @@ def make_config(data: Path, folder: Path, steps: int, **train: object) -> Path:
         phase["steps"] = steps
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
-
-
-def block_pictures(folder: Path) -> Callable[[], None]:
-    """Pictures that can be opened, and never give a byte; returns what gives them back."""
-    split, kept = folder / "data" / "train", folder / "data" / "kept"
-    kept.mkdir()
-    for picture in split.iterdir():
-        os.link(picture, kept / picture.name)
-        os.mkfifo(kept / "pipe")
-        (kept / "pipe").replace(picture)  # never a moment without a file
-
-    def give_back() -> None:
-        shutil.rmtree(split)
-        kept.rename(split)
-
-    return give_back
 
 
 def is_writing(run: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -43,6 +44,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 MpiDefault=none
 KillWait={kill_wait}
+SlurmdTimeout=12
 SchedulerParameters=sched_interval=2,batch_sched_delay=1,bf_interval=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
@@ -101,7 +103,11 @@ class Cluster:
         self.wait_for("munged", (self.folder / "munge.socket").exists, 20)
         self._start("slurmctld", "-D")
         for node in ("n1", "n2"):
-            self._start("slurmd", "-D", "-N", node)
+            self.start_node(node)
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Until both could take a job."""
         self.wait_for(
             "two idle nodes", lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 60
         )
@@ -109,6 +115,23 @@ class Cluster:
     def _start(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
             self.daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True))
+
+    def kill_node(self, node: str) -> None:
+        """As if its power were cut: its daemon and whatever runs there are gone, and say nothing to anybody."""
+        (daemon,) = [one for one in self.daemons if one.args == _slurmd(node)]
+        self.daemons.remove(daemon)
+        tasks = [task for task in self._strays() if _variable(task, "SLURMD_NODENAME") == node]
+        above = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
+        doomed = [*above, *tasks, psutil.Process(daemon.pid)]
+        for process in doomed:  # all stand still before the first one goes: nobody sees another's end
+            _ignoring_gone(process.suspend)
+        for process in doomed:
+            _ignoring_gone(process.kill)
+        daemon.wait()
+
+    def start_node(self, node: str) -> None:
+        """Power is back."""
+        self._start(*_slurmd(node))
 
     def __exit__(self, *_: Any) -> None:
         """Jobs first, then what has kept them; whatever a daemon has started goes with it."""
@@ -124,21 +147,12 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         for process in {*below, *self._strays()}:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+            _ignoring_gone(process.kill)
 
     def _strays(self) -> list[psutil.Process]:
         """What this cluster has started and lost: slurmd lets go of its steps."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        own = self.env["SLURM_CONF"]
+        return [process for process in psutil.process_iter() if _variable(process, "SLURM_CONF") == own]
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
         """A command's standard output."""
@@ -197,10 +211,8 @@ class Job:
 
         Not at once: a node takes no job in the second in which it has ended it.
         """
+        self.wait_for("requeue", self.is_requeued, seconds)
         self.restarts += 1
-        self.wait_for(
-            "requeue", lambda: self.state == "PENDING" and self.facts()["Restarts"] == str(self.restarts), seconds
-        )
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
 
     def end(self, seconds: float) -> str:
@@ -208,9 +220,30 @@ class Job:
         self.wait_for("the end", lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), seconds)
         return self.state
 
+    def is_requeued(self) -> bool:
+        """Once more than it was released."""
+        facts = self.facts()
+        return facts["JobState"] == "PENDING" and int(facts["Restarts"]) > self.restarts
+
     def text(self) -> str:
         """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _slurmd(node: str) -> tuple[str, ...]:
+    return ("slurmd", "-D", "-N", node)
+
+
+def _variable(process: psutil.Process, name: str) -> str | None:
+    try:
+        return process.environ().get(name)
+    except psutil.Error:
+        return None
+
+
+def _ignoring_gone(call: Callable[[], Any]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        call()
 
 
 def _children(pid: int) -> list[psutil.Process]:

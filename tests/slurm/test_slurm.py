@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, tiny_values
-from tests.distributed.running import expect_same_run
+from tests.distributed.running import block_pictures, expect_same_run
 from tests.slurm.cluster import Cluster, Job, why_not
 
 TWO = ("--nodes=2",)
@@ -125,6 +125,56 @@ def test_stops_requeues_and_ends_in_the_same_bits(
     assert "slurm.sh: done" in last_line(job)
     assert job.text().count("slurm.sh: job ") == 4  # one log
     expect_same_run(run, whole[0])
+
+
+def test_a_limit_that_is_too_short(whole: tuple[Path, str], cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a limit that ends a job for good, or before its checkpoint; bits that differ after it."""
+    for name in ("train", "val"):
+        shutil.copytree(tiny_data / name, tmp_path / "data" / name)
+        shutil.copy(tiny_data / f"{name}.csv", tmp_path / "data")
+    config, run = make_config(tmp_path / "data", tmp_path), tmp_path / "runs" / "tiny"
+    limits = (*TWO, "--time=1", "--signal=B:USR1@15")
+    arguments = ("--config", str(config), *STEPS, "data.workers=1")
+    job = cluster.submit(*arguments, log=tmp_path / "log", options=limits)
+    wait_for_step(job, run, 2)
+    give_back = block_pictures(tmp_path)  # however fast the machine, the limit comes first
+    job.wait_for("requeue", job.is_requeued, 120)
+    give_back()
+    at = status(run)["step"]
+    assert f"requeued at step {at} (stopped: a STOP file)" in job.text()
+    assert at > 0
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    job.release()
+    assert job.end(SECONDS) == "COMPLETED", job.text()
+    assert "slurm.sh: USR1: asking training to checkpoint and stop" in job.text()
+    assert "TIME LIMIT" not in job.text()
+    expect_same_run(run, whole[0])
+
+
+def test_nodes_that_die(whole: tuple[Path, str], cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a job that ends with a node, whichever of them; a node's death that counts as a failed try, or leaves
+    what the next start trips over; bits that differ after it."""
+    config, run = make_config(tiny_data, tmp_path), tmp_path / "runs" / "tiny"
+    job = cluster.submit("--config", str(config), *STEPS, log=tmp_path / "log", options=TWO)
+    step = 0
+    for node in ("n2", "n1"):  # the second one has the batch script
+        wait_for_step(job, run, step + 9)
+        cluster.kill_node(node)
+        job.wait_for("requeue", job.is_requeued, 120)
+        cluster.start_node(node)
+        cluster.wait_for(
+            "both nodes", lambda: cluster.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 60
+        )
+        step = newest_step(run)
+        assert step > 0
+        job.release()
+    assert job.end(SECONDS) == "COMPLETED", job.text()
+    assert f"has a checkpoint of step {step}" in job.text()
+    expect_same_run(run, whole[0])
+
+
+def newest_step(run: Path) -> int:
+    return max(int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").glob("[!.]*-*"))
 
 
 def test_gives_up_on_what_cannot_succeed(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
