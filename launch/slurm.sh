@@ -27,6 +27,12 @@ end_job() { # CODE WHY…: for good
   exit "$code"
 }
 
+# It may have been requeued, so what it knows of its starts stays.
+ended_by_slurm() { # WHEN
+  say "ended by SLURM (scancel, or a node that is gone) $1; where it does not go on by itself, submit again"
+  exit 75
+}
+
 # Sets `nodes`; and, for launch/local.sh, `PROCESSES` and `OMP_NUM_THREADS`.
 look_around() {
   [[ -n ${SLURM_JOB_ID:-} ]] || end_job 2 "not in a SLURM job: sbatch launch/slurm.sh --config …"
@@ -41,7 +47,10 @@ look_around() {
 # Sets `folder`, `step` (of the newest checkpoint), `state`, `reason`, `written`, `left`, `sentence`.
 look_at_run() {
   local lines
-  lines=$(launch/python.sh -m hybrid_dist.standing "$@") || end_job 2 "not started, see above; submit again once it is right"
+  if ! lines=$(launch/python.sh -m hybrid_dist.standing "$@"); then
+    [[ -z $asked ]] || ended_by_slurm "while it looked at the run"
+    end_job 2 "not started, see above; submit again once it is right"
+  fi
   # shellcheck disable=SC2034  # `left` is phases.sh's
   { read -r folder; read -r step; read -r state; read -r reason; read -r written; read -r left; read -r sentence; } \
     <<<"$lines"
@@ -52,7 +61,12 @@ look_at_run() {
 remember() { mkdir -p "${memory%/*}" && echo "$tries $first" >"$memory"; }
 
 recall() {
-  memory=$(dirname "$folder")/.$(basename "$folder").job-$SLURM_JOB_ID
+  local all old
+  all=$(dirname "$folder")/.$(basename "$folder").job-
+  for old in "$all"*; do # of jobs that SLURM has ended for good
+    [[ ! -e $old ]] || squeue --noheader --job "${old#"$all"}" 2>/dev/null | grep -q . || rm -f "$old"
+  done
+  memory=$all$SLURM_JOB_ID
   tries=0
   first=$(stat -c %i "$folder" 2>/dev/null || echo none)
   if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -s $memory ]]; then
@@ -138,8 +152,8 @@ describe_end() {
   fi
 }
 
-# Whether SLURM has ended the job already, and it is not for want of time or for a job that goes first: scancel.
-is_cancelled() {
+# Whether SLURM has ended the job already, and it is not for want of time or for a job that goes first.
+is_ended() {
   local facts
   facts=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return 1
   [[ $facts != *JobState=RUNNING* && $facts == *PreemptTime=None* ]] || return 1
@@ -151,8 +165,8 @@ go_on_or_give_up() {
   local written_before=$written step_before=$step end
   look_again
   end=$(describe_end)
-  if is_cancelled; then
-    end_job 75 "cancelled at step $step ($end); submit again to go on"
+  if is_ended; then
+    ended_by_slurm "at step $step ($end)"
   elif [[ -z $asked && $end == "stopped: a STOP file" ]]; then
     end_job 75 "stopped at step $step by somebody's STOP file; submit again to go on"
   elif ((step > step_before)); then

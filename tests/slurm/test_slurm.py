@@ -116,7 +116,7 @@ def test_stops_requeues_and_ends_in_the_same_bits(
     assert Job(cluster, after, tmp_path / "after").state == "PENDING"
     cluster.run("scancel", job.number)
     assert job.end(60) == "CANCELLED"
-    assert "cancelled at step" in last_line(job)
+    assert "ended by SLURM (scancel, or a node that is gone) at step" in last_line(job)
     assert status(run)["state"] == "stopped"
     assert status(run)["step"] > second
 
@@ -124,6 +124,7 @@ def test_stops_requeues_and_ends_in_the_same_bits(
     assert job.end(SECONDS) == "COMPLETED", job.text()
     assert "slurm.sh: done" in last_line(job)
     assert job.text().count("slurm.sh: job ") == 4  # one log
+    assert {path.name for path in run.parent.iterdir()} == {run.name}
     expect_same_run(run, whole[0])
 
 
@@ -153,9 +154,9 @@ def test_a_limit_that_is_too_short(whole: tuple[Path, str], cluster: Cluster, ti
 
 def test_nodes_that_die(whole: tuple[Path, str], cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: a job that ends with a node, whichever of them; a node's death that counts as a failed try, or leaves
-    what the next start trips over; bits that differ after it."""
+    what the next start trips over; a --fresh that is followed once more after it; bits that differ."""
     config, run = make_config(tiny_data, tmp_path), tmp_path / "runs" / "tiny"
-    job = cluster.submit("--config", str(config), *STEPS, log=tmp_path / "log", options=TWO)
+    job = cluster.submit("--config", str(config), *STEPS, "--fresh", log=tmp_path / "log", options=TWO)
     step = 0
     for node in ("n2", "n1"):  # the second one has the batch script
         wait_for_step(job, run, step + 9)
@@ -170,6 +171,7 @@ def test_nodes_that_die(whole: tuple[Path, str], cluster: Cluster, tiny_data: Pa
         job.release()
     assert job.end(SECONDS) == "COMPLETED", job.text()
     assert f"has a checkpoint of step {step}" in job.text()
+    assert {path.name for path in run.parent.iterdir()} == {run.name}
     expect_same_run(run, whole[0])
 
 
