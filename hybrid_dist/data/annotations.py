@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv as csv_module
+import hashlib
 import os
 import re
 import stat
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from hybrid_dist.config import TaskConfig
+from hybrid_dist.config import DataConfig, TaskConfig
 from hybrid_dist.data.labels import ClassMap, label_columns, read_class_file
 from hybrid_dist.errors import UserError
 
@@ -266,6 +267,15 @@ def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) ->
         if len(indices):
             found[task] = {class_map.classes[i]: int(counts[i]) for i in indices}
     return found
+
+
+def table_sums(data: DataConfig) -> dict[str, str]:
+    """SHA-256 of each split's CSV, by key of the config."""
+    sums = {}
+    for key, path in (("data.train_csv", data.train_csv), ("data.val_csv", data.val_csv)):
+        with Path(path).open("rb") as file:
+            sums[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def check_pictures(table: Table, max_bad: float = 0.0) -> str | None:

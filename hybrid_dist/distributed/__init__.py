@@ -4,5 +4,9 @@ from hybrid_dist.distributed.control import Control
 from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece
 from hybrid_dist.distributed.launch import Topology, leave, start
 from hybrid_dist.distributed.make import make_engine
+from hybrid_dist.distributed.meeting import differences, listed
 
-__all__ = ["Control", "Engine", "OptimizerSlice", "Piece", "Topology", "leave", "make_engine", "start"]
+__all__ = [
+    "Control", "Engine", "OptimizerSlice", "Piece", "Topology",
+    "differences", "leave", "listed", "make_engine", "start",
+]  # fmt: skip

@@ -60,8 +60,8 @@ def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] |
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     problem = _problem(precision, has_cuda)
     if _under_launcher():
-        choose_interface()
-        meet({**_facts(has_cuda), **(same or {})}, problem)
+        choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        meet({**common_facts(has_cuda), **(same or {})}, problem)
         with connecting():
             return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
     if problem is not None:
@@ -110,7 +110,7 @@ def _under_launcher() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _facts(has_cuda: bool) -> dict[str, str]:
+def common_facts(has_cuda: bool) -> dict[str, str]:
     """What has to be the same on all ranks whatever they train."""
     facts = {"Python": platform.python_version(), "device": "cuda" if has_cuda else "cpu"}
     facts |= {name: version(name) for name in ("torch", "accelerate", "deepspeed", "timm")}

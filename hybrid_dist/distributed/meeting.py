@@ -6,6 +6,7 @@ then says little. So the ranks first tell each other what they are, through the 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
@@ -28,6 +29,8 @@ NEWS = 20.0
 """Seconds between two lines about those who are missing."""
 CONNECT = 60.0
 """Seconds for the connections between ranks that have met."""
+ELSEWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737)."""
 _POLL = 0.05
 
 
@@ -120,7 +123,7 @@ def _judge(store: Any, world_size: int) -> str:
     if not _wait(lambda: store.add("count", 0) >= world_size, PATIENCE, lambda: _say(f"waiting: {missing()}")):
         return f"{missing()}. Waited {PATIENCE:.0f} s; what they have said, if anything, is above or on their machines"
     found = [json.loads(text) for text in store.multi_get([f"rank/{rank}" for rank in range(world_size)])]
-    return _problems(found) or _differences(found)
+    return _problems(found) or differences(found)
 
 
 def _hear(store: Any, rank: int) -> str:
@@ -140,8 +143,12 @@ def _problems(found: list[dict[str, Any]]) -> str:
     return ""
 
 
-def _differences(found: list[dict[str, Any]]) -> str:
-    """Where ranks are not as rank 0 is: who, and in what."""
+def differences(found: list[dict[str, Any]]) -> str:
+    """Where ranks are not as rank 0 is: who, and in what. Nothing if all are alike.
+
+    Args:
+        found: Each rank's `host`, and `same`: what must be equal, by name.
+    """
     first = found[0]
     for rank, facts in enumerate(found):
         here, there = first["same"], facts["same"]
@@ -163,24 +170,26 @@ def listed(noun: str, numbers: list[int]) -> str:
     return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{', …' if len(numbers) > 8 else ''}"
 
 
-def choose_interface() -> None:
+def choose_interface(head: str, port: int) -> None:
     """Let gloo use the way that leads to the head node, unless the user has said which.
 
     By itself it takes the address that the machine's own name stands for, which on many systems is a loopback one.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    address = _own_address()
+    address = _own_address(head, port)
+    if address is not None and ipaddress.ip_address(address).is_loopback and head not in (address, "localhost"):
+        # The head itself, whose name stands for a loopback address there: the way to everywhere else then.
+        address = _own_address(ELSEWHERE, port)
     names = [name for name, entries in psutil.net_if_addrs().items() if any(e.address == address for e in entries)]
     if names:
         os.environ["GLOO_SOCKET_IFNAME"] = names[0]
 
 
-def _own_address() -> str | None:
+def _own_address(head: str, port: int) -> str | None:
     """This machine's address as the head node sees it; nothing is sent."""
     try:
-        found = socket.getaddrinfo(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM)
-        family, kind, protocol, _, address = found[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(head, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
 from hybrid_dist.config import Config
+from hybrid_dist.data.annotations import table_sums
 from hybrid_dist.doctor.host import host_lines
 from hybrid_dist.doctor.inputs import data_lines, parameters_of, weights_lines
 from hybrid_dist.doctor.line import Line, fail
@@ -31,7 +33,17 @@ def examine(config: Config | None, doing: Callable[[str], None]) -> list[Line] |
         doing("all-reduce")
         return [*lines, local_line(max(processes, 2))]
     doing("rendezvous")
-    return together_lines(place, lines)
+    return together_lines(place, lines, _same(config))
+
+
+def _same(config: Config | None) -> dict[str, Any]:
+    """What must be equal on all hosts; a table that can't be read has its own line."""
+    if config is None:
+        return {}
+    try:
+        return {**config.alike(), **table_sums(config.data)}
+    except OSError:
+        return config.alike()
 
 
 def _own(config: Config | None, processes: int, doing: Callable[[str], None]) -> Iterator[Line]:

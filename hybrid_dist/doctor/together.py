@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybrid_dist.distributed.launch import common_facts
+from hybrid_dist.distributed.meeting import choose_interface, differences
 from hybrid_dist.doctor.line import Line, fail, ok, warn
 from hybrid_dist.doctor.storage import SKEW
 
@@ -58,6 +60,7 @@ def join(place: Place) -> None:
     """
     # NCCL wants a GPU for each process: with fewer, or none, what is measured is what training would use, gloo.
     backend = "nccl" if torch.cuda.device_count() >= _local(place) else "gloo"
+    choose_interface(place.head, place.port)
     if backend == "nccl":
         torch.cuda.set_device(place.rank % torch.cuda.device_count())
     dist.init_process_group(
@@ -130,11 +133,12 @@ def local_line(processes: int) -> Line:
 _REMEDY = "NCCL_DEBUG=INFO, or GLOO_SOCKET_IFNAME=lo, before the same command tells more"
 
 
-def together_lines(place: Place, own: list[Line]) -> list[Line] | None:
+def together_lines(place: Place, own: list[Line], same: dict[str, Any]) -> list[Line] | None:
     """Under srun: meet, compare, and bring every host's lines to rank 0 (None elsewhere).
 
     Args:
         own: What this task has found about its host.
+        same: What must be equal on all of them, by name: config and data.
     """
     try:
         join(place)
@@ -144,7 +148,7 @@ def together_lines(place: Place, own: list[Line]) -> list[Line] | None:
         return [fail("rendezvous", f"rank {place.rank} at {place.head}:{place.port}: {reason}", remedy)]
     dist.barrier()
     facts = {"lines": [vars(line) for line in own], "time": time.time(), "host": socket.gethostname()}
-    facts["torch"] = torch.__version__
+    facts["same"] = {**common_facts(torch.cuda.is_available()), **same}
     rate, right = all_reduce()
     everyone = gather(facts)
     line = describe(rate, right, place.world_size)
@@ -167,9 +171,11 @@ def _compare(everyone: list[dict[str, Any]]) -> list[Line]:
         lines.append(warn("clocks", f"they are {spread:.0f} s apart", "have all follow an NTP server"))
     else:
         lines.append(ok("clocks", f"within {spread:.1f} s"))
-    versions = sorted({facts["torch"] for facts in everyone})
-    if len(versions) > 1:
-        lines.append(fail("versions", f"torch {' and '.join(versions)}", "install the same everywhere"))
+    found = differences(everyone)
+    if found:
+        lines.append(fail("alike", found, "install, check out and mount the same everywhere"))
+    else:
+        lines.append(ok("alike", "versions, code, config and tables are the same for all tasks"))
     return lines
 
 

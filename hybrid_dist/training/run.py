@@ -25,6 +25,7 @@ from hybrid_dist.data.annotations import (
     describe_unseen,
     read_table,
     read_training,
+    table_sums,
     untrained,
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
@@ -33,7 +34,7 @@ from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, make_engine
+from hybrid_dist.distributed import Topology, differences, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
@@ -152,7 +153,8 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     resumes = _decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job) if resumes else None
     job.saver.newest = found
-    state = _agree(topology, lambda: _position(job, found, only, fresh))
+    sums = _data_sums(job)
+    state = _agree(topology, lambda: _position(job, found, only, fresh, sums))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
     _decide(topology, lambda: _claim_folder(job, fresh, found))
@@ -355,14 +357,18 @@ def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
 
 
 def _data_sums(job: Job) -> dict[str, str]:
-    """SHA-256 of each split's CSV, and of the classes that its labels count in."""
-    sums = {}
-    for key, path in (("data.train_csv", job.config.data.train_csv), ("data.val_csv", job.config.data.val_csv)):
-        with Path(path).open("rb") as file:
-            sums[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of each split's CSV, and of the classes that its labels count in; the same on all ranks.
+
+    Raises:
+        UserError: they are not.
+    """
+    sums = table_sums(job.config.data)
     for name, classes in job.class_maps.items():
         text = json.dumps(classes.to_json(), sort_keys=True)
         sums[f"the classes of {name}"] = hashlib.sha256(text.encode()).hexdigest()
+    found = differences(job.topology.control.to_all({"host": socket.gethostname(), "same": sums}))
+    if found:
+        raise UserError(found, shared=True)
     return sums
 
 
@@ -450,13 +456,12 @@ def _forget_lost_best(job: Job, state: TrainState) -> None:
     state.best_score, state.best_step, state.best_metrics = None, None, {}
 
 
-def _position(job: Job, found: Found | None, only: str | None, fresh: bool) -> TrainState:
+def _position(job: Job, found: Found | None, only: str | None, fresh: bool, sums: dict[str, str]) -> TrainState:
     """Where the run stands: at its newest checkpoint, or at its beginning.
 
     Raises:
         UserError: the data is not what the run was trained on; the phase `only` is not next.
     """
-    sums = _data_sums(job)
     names = [phase.name for phase in job.config.phases]
     if found is None:
         traces = [*job.folder.glob("phase_*/best.json"), *job.folder.glob("checkpoints/[!.]*")]

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrid_dist.distributed import Control
-from hybrid_dist.distributed.meeting import listed
+from hybrid_dist.distributed import Control, listed
 
 EXIT_STUCK = 70
 """As sysexits.h has it for an internal error. A launcher makes 1 of it."""

@@ -15,7 +15,7 @@ import pytest
 from hybrid_dist import cli
 from hybrid_dist.doctor import together
 from hybrid_dist.doctor.line import Line
-from tests.conftest import ROOT, environment, fill
+from tests.conftest import ROOT, environment, fill, write_split
 
 COMMAND = [sys.executable, "-c", "import sys; from hybrid_dist.cli import main; sys.exit(main())", "doctor", "--json"]
 
@@ -76,8 +76,8 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.remedy
 
 
-def tasks(folder: Path, count: int) -> list[subprocess.Popen[str]]:
-    """`count` of two tasks, as srun would start them, with a stand-in for scontrol."""
+def tasks(folder: Path, count: int, *arguments: list[str]) -> list[subprocess.Popen[str]]:
+    """`count` of two tasks, each with its arguments, as srun would start them, with a stand-in for scontrol."""
     folder.mkdir(exist_ok=True)
     (folder / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.1\n")
     (folder / "scontrol").chmod(0o755)
@@ -87,7 +87,7 @@ def tasks(folder: Path, count: int) -> list[subprocess.Popen[str]]:
     }  # fmt: skip
     return [
         subprocess.Popen(
-            COMMAND, cwd=ROOT, env={**environment(), **facts, "SLURM_PROCID": str(rank)}, text=True,
+            COMMAND + arguments[rank], cwd=ROOT, env={**environment(), **facts, "SLURM_PROCID": str(rank)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(count)
@@ -105,20 +105,33 @@ def results(started: list[subprocess.Popen[str]]) -> list[tuple[int, Any]]:
     return found
 
 
-def test_under_srun(tmp_path: Path) -> None:
-    """Catches: a node that nobody looks at; lines that each task prints; tasks that do not meet."""
-    (main, lines), other = results(tasks(tmp_path / "bin", 2))
-    assert (main, other) == (0, (0, None))
+def test_under_srun(tmp_path: Path, tiny_config: Callable[..., Path]) -> None:
+    """Catches: a node that nobody looks at; lines that each task prints; tasks that do not meet; a table or a config
+    that is another one on some node."""
+    config = ["--config", str(tiny_config())]
+    write_split(tmp_path / "other", "train", 56, seed=4, blank=0.25)
+    other = f"data.train_csv={tmp_path / 'other' / 'train.csv'}"
+    (code, lines), _ = results(tasks(tmp_path / "bin", 2, config, [*config, other, "train.global_batch_size=32"]))
+    assert code == 3
+    (line,) = [line for line in lines if line["state"] == "fail"]
+    assert line["check"] == "alike"
+    assert "rank 1 on" in line["text"]
+    assert "train.global_batch_size is 16 on rank 0 and 32 there" in line["text"]
+    assert "data.train_csv is " in line["text"]
+
+    (main, lines), rest = results(tasks(tmp_path / "bin", 2, [], []))
+    assert (main, rest) == (0, (0, None))
     by_check = {line["check"]: line for line in lines}
     assert by_check["rendezvous"]["text"] == "2 tasks on 1 hosts have met"
     assert by_check["all-reduce"]["text"].startswith("2 processes over gloo")
     assert by_check["clocks"]["state"] == "ok"
+    assert by_check["alike"]["state"] == "ok"
     assert by_check["versions"]["host"]
 
 
 def test_a_node_that_is_not_reached(tmp_path: Path) -> None:
     """Catches: a job that waits half an hour for a node that does not come."""
-    ((code, lines),) = results(tasks(tmp_path / "bin", 1))
+    ((code, lines),) = results(tasks(tmp_path / "bin", 1, []))
     assert code == 3
     (line,) = [line for line in lines if line["check"] == "rendezvous"]
     assert line["state"] == "fail"

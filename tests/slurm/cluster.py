@@ -154,10 +154,10 @@ class Cluster:
         own = self.env["SLURM_CONF"]
         return [process for process in psutil.process_iter() if _variable(process, "SLURM_CONF") == own]
 
-    def run(self, *command: str, check: bool = True, **env: str) -> str:
+    def run(self, *command: str, check: bool = True, seconds: float = 60, **env: str) -> str:
         """A command's standard output."""
         done = subprocess.run(
-            command, cwd=ROOT, env={**self.env, **env}, timeout=60, capture_output=True, text=True, check=False
+            command, cwd=ROOT, env={**self.env, **env}, timeout=seconds, capture_output=True, text=True, check=False
         )
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)}: exit {done.returncode}: {done.stdout}{done.stderr}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,19 @@ def test_phases_are_jobs_one_after_the_other(cluster: Cluster, tiny_data: Path, 
         assert text.count("slurm.sh: job ") == (3 if phase == "a" else 1)
     assert "2 × 1 processes: " in jobs["c"].text()
     assert submit() == {}
+
+
+def test_the_doctor_looks_at_every_node(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a doctor that looks at one node only, or whose tasks do not find each other under a real srun."""
+    config = make_config(tiny_data, tmp_path)
+    command = [sys.executable, "-c", "import sys; from hybrid_dist.cli import main; sys.exit(main())"]
+    doctor = [*command, "doctor", "--json", "--config", str(config)]
+    out = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "--quiet", *doctor, seconds=SECONDS)
+    lines = {line["check"]: line for line in json.loads(out)}
+    assert lines["rendezvous"]["text"].startswith("2 tasks on ")
+    assert lines["all-reduce"]["text"].startswith("2 processes over gloo")
+    assert lines["alike"]["state"] == "ok"
+    assert "fail" not in {line["state"] for line in lines.values()}
 
 
 def test_scripts_are_clean() -> None:
