@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import platform
@@ -37,6 +38,8 @@ class Topology:
     label: str
     accelerator: Accelerator
     control: Control
+    zero: dict[str, Any]
+    """What the launch file says of ZeRO; empty without DeepSpeed."""
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +86,8 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
         mixed_precision="no" if deepspeed or precision == "fp32" else precision,
         kwargs_handlers=handlers,
     )
-    if precision == "fp16" and deepspeed and accelerator.state.deepspeed_plugin.zero_stage > 0:
+    plugin = accelerator.state.deepspeed_plugin if deepspeed else None
+    if precision == "fp16" and plugin is not None and plugin.zero_stage > 0:
         # Its loss scale and its clipping don't know of each other: gradients come out 65,536 times too small.
         raise UserError(
             "train.precision: DeepSpeed's fp16 autocast is wrong at ZeRO 1 to 3; bf16, fp32, or DDP would do",
@@ -97,6 +101,9 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
         label=_label(accelerator),
         accelerator=accelerator,
         control=Control(accelerator.process_index, accelerator.num_processes, patience),
+        zero=copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+        if deepspeed
+        else {},
     )
 
 

@@ -27,7 +27,7 @@ def make_engine(
         return PlainEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
-    config = configure(topology, train, accumulation)
+    config = configure(topology, model, train, accumulation)
     if offloads_optimizer(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,19 +14,29 @@ from torch import Tensor, nn
 from hybrid_dist.config import TrainConfig
 from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
 from hybrid_dist.distributed.launch import Topology
+from hybrid_dist.distributed.tuning import fill_in, tuned
 
 
-def configure(topology: Topology, train: TrainConfig, accumulation: int) -> dict[str, Any]:
-    """Write what the run's config fixes into the launch file's DeepSpeed config, and return that."""
+def configure(topology: Topology, model: nn.Module, train: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """Write what the run's config and the model fix into the launch file's DeepSpeed config, and return that."""
     # DeepSpeed 0.19 calls what torch 2.14 has renamed; that says it again at every collective.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    config: dict[str, Any] = topology.accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin = topology.accelerator.state.deepspeed_plugin
+    config: dict[str, Any] = plugin.deepspeed_config
+    # One dict for all phases, and each has its own sizes: what the phase before has left there nobody has asked for.
+    zero = config["zero_optimization"]
+    zero.clear()
+    zero.update(copy.deepcopy(topology.zero))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    cuda = topology.device.type == "cuda"
+    fill_in(zero, tuned(plugin.zero_stage, trainable, total, cuda), cuda)
     config.update(
         train_micro_batch_size_per_gpu=train.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         train_batch_size=train.micro_batch_size * accumulation * topology.world_size,
         # At stage 0 DeepSpeed would clip without telling the norm: there it is done in ZeroEngine.
-        gradient_clipping=train.clip_norm if topology.accelerator.state.deepspeed_plugin.zero_stage > 0 else 0.0,
+        gradient_clipping=train.clip_norm if plugin.zero_stage > 0 else 0.0,
         steps_per_print=None,
         # The right optimizer for offload is made in make.py; accelerate's own mapping would drop its betas.
         zero_force_ds_cpu_optimizer=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -44,12 +45,18 @@ class Place:
         if "SLURM_STEP_ID" not in os.environ or tasks < 2:
             return None
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-        ).stdout.split()
+        head = _scontrol("show", "hostnames", nodes).split()[0]
+        # The address under which SLURM itself reaches it; where a site sets none, that is its name.
+        address = re.search(r"\bNodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", head))
         # From the step's number: another job on these nodes has another port, and so has a second try.
         port = 20_000 + (int(os.environ["SLURM_JOB_ID"]) * 31 + int(os.environ["SLURM_STEP_ID"])) % 20_000
-        return cls(int(os.environ["SLURM_PROCID"]), tasks, os.environ.get("HEAD", names[0]), port)
+        return cls(
+            int(os.environ["SLURM_PROCID"]), tasks, os.environ.get("HEAD", address[1] if address else head), port
+        )
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def join(place: Place) -> None:

@@ -1,0 +1,41 @@
+"""DeepSpeed's settings: sized to the model, unless the launch file says otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_dist.distributed.tuning import FEWEST_IN_A_BUCKET, MOST_IN_A_BUCKET, fill_in, tuned
+
+
+def test_what_the_launch_file_says_stands() -> None:
+    """Catches: a setting of the user's that is overwritten, an `auto` that is not; memory pinned without a GPU."""
+    zero: dict[str, Any] = {
+        "stage": 3, "reduce_bucket_size": 7, "overlap_comm": "auto", "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu", "pin_memory": False}, "stage3_max_live_parameters": "auto",
+    }  # fmt: skip
+    fill_in(zero, tuned(3, 200, 1_000_000, cuda=True), cuda=True)
+    assert zero["reduce_bucket_size"] == 7
+    assert zero["overlap_comm"] is True
+    assert zero["offload_optimizer"]["pin_memory"] is True
+    assert zero["offload_param"]["pin_memory"] is False
+    assert zero["stage3_max_live_parameters"] == 250_000
+    without = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    fill_in(without, tuned(2, 200, 400, cuda=False), cuda=False)
+    assert without["overlap_comm"] is False
+    assert without["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert without["offload_param"] == {"device": "none"}
+
+
+@given(st.integers(1, 3), st.integers(1, 2_000_000_000), st.integers(0, 2_000_000_000), st.booleans())
+def test_sizes_follow_the_model(stage: int, trainable: int, frozen: int, cuda: bool) -> None:
+    """Catches: one bucket for all gradients of a large model; buckets of nothing; ZeRO 3 that keeps a model whole."""
+    values = tuned(stage, trainable, trainable + frozen, cuda)
+    assert FEWEST_IN_A_BUCKET <= values["reduce_bucket_size"] <= MOST_IN_A_BUCKET
+    if trainable > 8 * FEWEST_IN_A_BUCKET:
+        assert values["reduce_bucket_size"] * 8 <= trainable
+    if stage == 3 and trainable + frozen > 4 * FEWEST_IN_A_BUCKET:
+        assert values["stage3_max_live_parameters"] <= (trainable + frozen) / 4
+    assert ("stage3_max_live_parameters" in values) == (stage == 3)
