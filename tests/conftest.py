@@ -177,7 +177,8 @@ def command_line(
     if config_file is None:
         return [sys.executable, script, *arguments]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*launcher, "--config_file", f"launch/accelerate/{config_file}.yaml", *extra, script, *arguments]
+    file = config_file if config_file.endswith(".yaml") else f"launch/accelerate/{config_file}.yaml"
+    return [*launcher, "--config_file", file, *extra, script, *arguments]
 
 
 def environment(gpu: bool = False) -> dict[str, str]:

@@ -56,7 +56,7 @@ def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] |
 
     Raises:
         UserError: the device can't do the precision; there are fewer GPUs than processes; not all ranks have come, or
-            they differ in their versions, launch file or `same`.
+            they differ in their versions, launch file or `same`; the launch file contradicts itself.
     """
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     has_cuda = torch.cuda.is_available() and not asked_for_cpu
@@ -79,13 +79,16 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
         handlers.append(group)
     if deepspeed and not has_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    accelerator = Accelerator(
-        # Without a GPU accelerate must hear that the CPU is meant; but told so, it leaves DeepSpeed out.
-        cpu=not has_cuda and not deepspeed,
-        # DeepSpeed does its own autocast (see zero.py): a second one around it is an error.
-        mixed_precision="no" if deepspeed or precision == "fp32" else precision,
-        kwargs_handlers=handlers,
-    )
+    try:
+        accelerator = Accelerator(
+            # Without a GPU accelerate must hear that the CPU is meant; but told so, it leaves DeepSpeed out.
+            cpu=not has_cuda and not deepspeed,
+            # DeepSpeed does its own autocast (see zero.py): a second one around it is an error.
+            mixed_precision="no" if deepspeed or precision == "fp32" else precision,
+            kwargs_handlers=handlers,
+        )
+    except ValueError as error:  # accelerate's, about keys that exclude each other
+        raise UserError(f"the launch file: {error}", shared=True) from None
     plugin = accelerator.state.deepspeed_plugin if deepspeed else None
     if precision == "fp16" and plugin is not None and plugin.zero_stage > 0:
         # Its loss scale and its clipping don't know of each other: gradients come out 65,536 times too small.

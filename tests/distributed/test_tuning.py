@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_dist.distributed.tuning import FEWEST_IN_A_BUCKET, MOST_IN_A_BUCKET, fill_in, tuned
+from tests.conftest import ROOT, launch
 
 
 def test_what_the_launch_file_says_stands() -> None:
@@ -39,3 +43,21 @@ def test_sizes_follow_the_model(stage: int, trainable: int, frozen: int, cuda: b
     if stage == 3 and trainable + frozen > 4 * FEWEST_IN_A_BUCKET:
         assert values["stage3_max_live_parameters"] <= (trainable + frozen) / 4
     assert ("stage3_max_live_parameters" in values) == (stage == 3)
+
+
+def test_a_json_of_ones_own(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Catches: a launch file with a DeepSpeed JSON that does not start, though the launch files say so; a traceback
+    where it contradicts itself."""
+    config = tiny_config(phases=[{"name": "a", "trainable": ["all"], "steps": 2, "lr": 1e-3}])
+    zero = {"stage": 2, "reduce_bucket_size": 50_000}
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    text = (ROOT / "launch" / "accelerate" / "zero2.yaml").read_text().partition("deepspeed_config:\n")[0]
+    text += f"deepspeed_config:\n  deepspeed_config_file: {tmp_path / 'own.json'}\n"
+    own = tmp_path / "own.yaml"
+    own.write_text(text)
+    done = launch("--config", str(config), config_file=str(own), check=False)
+    assert done.returncode != 0
+    assert "train.py: the launch file: When using `deepspeed_config_file`" in done.stderr
+    own.write_text(text.replace("mixed_precision: 'no'\n", ""))
+    done = launch("--config", str(config), config_file=str(own))
+    assert "on ZeRO 2 × 2" in done.stderr
