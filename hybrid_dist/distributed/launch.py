@@ -65,9 +65,7 @@ def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] |
     if _under_launcher():
         choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         meet({**common_facts(has_cuda), **(same or {})}, problem)
-        with connecting():
-            return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
-    if problem is not None:
+    elif problem is not None:
         raise UserError(problem, shared=True)
     return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
 
@@ -77,6 +75,9 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if _under_launcher():
         handlers.append(group)
+        # accelerate would do it, but not without loading DeepSpeed, which may take a minute to compile something.
+        with connecting():
+            dist.init_process_group("nccl" if has_cuda else "gloo", timeout=patience)
     if deepspeed and not has_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
