@@ -40,9 +40,9 @@ def _train(stop: Stop) -> int:
         leave()
         return code
     except UserError as error:
-        # What all ranks run into, rank 0 says; what one has met alone, it says itself, but what is wrong before they
-        # have met is mostly wrong with its machine or config.
-        alone = "RANK" if error.shared else "LOCAL_RANK"
+        # What all ranks run into, rank 0 says; what one has met alone, it says itself. Before they have joined, each
+        # machine has somebody in front of it.
+        alone = "LOCAL_RANK" if topology is None else "RANK"
         if os.environ.get(alone, "0") == "0" or (topology is not None and not error.shared):
             _say(f"train.py: {error}")
         if topology is not None and error.shared:

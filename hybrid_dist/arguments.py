@@ -17,7 +17,7 @@ def parse(argv: list[str] | None, description: str) -> tuple[Config, argparse.Na
     """
     from hybrid_dist.config import load_config
 
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/quickstart.yaml")
     parser.add_argument("--phase", metavar="NAME", help="only this phase, as a job of its own")
     parser.add_argument("--fresh", action="store_true", help="start over; the old run is kept under another name")

@@ -55,7 +55,9 @@ knock() { timeout 5 bash -c ': >"/dev/tcp/$0/$1"' "$HEAD" "$PORT" 2>&1; }
 reach_head() {
   local began=$SECONDS told=$SECONDS reason
   until reason=$(knock); do
-    reason=$(grep -o '[^:]*$' <<<"${reason%%$'\n'*}") || reason=" no answer"
+    reason=${reason%%$'\n'*}
+    reason=${reason##*:}
+    reason=${reason:- no answer}
     ((SECONDS - began < WAIT)) || refuse "machine $MACHINE ($(hostname)): nobody at $HEAD:$PORT for $WAIT s:$reason"
     if ((SECONDS - told >= NEWS)); then
       echo "local.sh: machine $MACHINE ($(hostname)) waits for machine 0 at $HEAD:$PORT:${reason}." \
@@ -68,6 +70,7 @@ reach_head() {
 
 [[ -f train.py ]] || refuse "no train.py in $PWD: start it in the project's folder"
 here=${PROCESSES:-$(count_gpus)}
+((here > 0)) || refuse "PROCESSES=$here: at least one is needed"
 processes=$((MACHINES * here))
 choose_launch_file
 flags=(--config_file "$launch_file" --num_processes "$processes" --num_machines "$MACHINES" --machine_rank "$MACHINE")
@@ -82,6 +85,8 @@ if ((MACHINES > 1)); then
     reach_head
   elif knock >/dev/null; then
     refuse "PORT=$PORT on $HEAD is taken, perhaps by another job: another one, on all machines, would do"
+  else
+    echo "local.sh: machine 0 of $MACHINES at $HEAD:$PORT waits up to $WAIT s for the others" >&2
   fi
 fi
 cores=$(($(nproc) / here))

@@ -20,7 +20,7 @@ submit() { # PHASE DEPENDENCY ARGUMENTS…
   read -ra options <<<"${SBATCH_OPTIONS:-} $(setting PHASE "$phase" "")"
   launch=$(setting LAUNCH "$phase" "${LAUNCH:-}")
   # A job that waits for one that has failed would wait for ever.
-  LAUNCH=$launch sbatch --parsable --kill-on-invalid-dep=yes --job-name="$(basename "$folder")-$phase" \
+  LAUNCH=$launch sbatch --parsable --export=ALL --kill-on-invalid-dep=yes --job-name="$(basename "$folder")-$phase" \
     ${dependency:+--dependency="$dependency"} ${options[@]+"${options[@]}"} launch/slurm.sh "$@" --phase "$phase" | cut -d ';' -f 1
 }
 

@@ -13,6 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=B:USR1@300
+# (A --time of not much more than these 300 s would leave no time to train.)
 set -euo pipefail
 
 TRIES=2 # starts in a row without a new checkpoint, after which it is not tried again
@@ -49,7 +50,10 @@ look_at_run() {
   local lines
   if ! lines=$(launch/python.sh -m hybrid_dist.standing "$@"); then
     [[ -z $asked ]] || ended_by_slurm "while it looked at the run"
-    end_job 2 "not started, see above; submit again once it is right"
+    [[ -n ${training:-} ]] || end_job 2 "not started, see above; submit again once it is right"
+    sleep 10 # the disk may have had a moment
+    lines=$(launch/python.sh -m hybrid_dist.standing "$@") ||
+      end_job 2 "the run can't be looked at any more, see above; submit again once it is right"
   fi
   # shellcheck disable=SC2034  # `left` is phases.sh's
   { read -r folder; read -r step; read -r state; read -r reason; read -r written; read -r left; read -r sentence; } \
@@ -58,25 +62,36 @@ look_at_run() {
 
 # What a job knows of its earlier starts lies beside the run's folder, which may not be there yet:
 # the starts in a row without a new checkpoint, and which folder stood there at first.
+# Of the run that stands there: its config is written anew by each start.
+identity() { stat -c %i-%Y "$folder/config.yaml" 2>/dev/null || echo none; }
+
+# Whether SLURM knows no more of a job; not if it does not answer.
+is_over() { # JOB
+  local said
+  said=$(squeue --noheader --job "$1" 2>&1) || [[ $said == *"Invalid job id"* ]] || return 1
+  [[ -z $said || $said == *"Invalid job id"* ]]
+}
+
 remember() { mkdir -p "${memory%/*}" && echo "$tries $first" >"$memory"; }
 
 recall() {
   local all old
   all=$(dirname "$folder")/.$(basename "$folder").job-
-  for old in "$all"*; do # of jobs that SLURM has ended for good
-    [[ ! -e $old ]] || squeue --noheader --job "${old#"$all"}" 2>/dev/null | grep -q . || rm -f "$old"
-  done
   memory=$all$SLURM_JOB_ID
+  for old in "$all"*; do
+    [[ $old == "$memory" || ! -e $old ]] || ! is_over "${old#"$all"}" || rm -f "$old"
+  done
   tries=0
-  first=$(stat -c %i "$folder" 2>/dev/null || echo none)
-  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -s $memory ]]; then
-    read -r tries first <"$memory"
+  first=$(identity)
+  if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+    first=lost
+    [[ ! -s $memory ]] || read -r tries first <"$memory"
   fi
 }
 
-# --fresh means one fresh start, not one after each requeue: once another folder stands there, it has been followed.
+# --fresh means one fresh start, not one after each requeue: once another run stands there, it has been followed.
 drop_followed_fresh() {
-  [[ $(stat -c %i "$folder" 2>/dev/null || echo none) != "$first" ]] || return 0
+  [[ $(identity) != "$first" ]] || return 0
   local kept=() argument
   for argument in "${arguments[@]}"; do
     [[ $argument == --fresh ]] || kept+=("$argument")
@@ -92,7 +107,7 @@ look_again() {
 # One launch/local.sh a node, in the background; sets `training`.
 start_training() {
   local head address
-  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # The address under which SLURM itself reaches it; where a site sets none, that is its name.
   address=$(scontrol --oneliner show node "$head" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2) || address=$head
   export MACHINES=$nodes HEAD=$address
@@ -100,7 +115,7 @@ start_training() {
   export PORT=$((20000 + SLURM_JOB_ID % 10000))
   # Without binding a task sees all of the job's CPUs on its node. A node whose task has ended waits for the others:
   # they may be writing; not for ever, for they may be stuck for want of it. srun takes no CPUs per task from sbatch.
-  local srun=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=120)
+  local srun=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=120 --export=ALL)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
   # The rank of a node is known there alone.
   # shellcheck disable=SC2016

@@ -73,11 +73,17 @@ def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] |
 def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) -> Topology:
     group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=patience)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    control = Control(0, 1)
     if _under_launcher():
         handlers.append(group)
         # accelerate would do it, but not without loading DeepSpeed, which may take a minute to compile something.
         with connecting():
             dist.init_process_group("nccl" if has_cuda else "gloo", timeout=patience)
+            control = Control(dist.get_rank(), dist.get_world_size(), patience)
+            if has_cuda:  # NCCL connects at the first collective
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                dist.all_reduce(torch.zeros(1, device="cuda"))
+                torch.cuda.synchronize()
     if deepspeed and not has_cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
@@ -104,7 +110,7 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
         device=accelerator.device,
         label=_label(accelerator),
         accelerator=accelerator,
-        control=Control(accelerator.process_index, accelerator.num_processes, patience),
+        control=control,
         zero=copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
         if deepspeed
         else {},
@@ -131,7 +137,10 @@ def common_facts(has_cuda: bool) -> dict[str, str]:
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     facts["hybrid-dist's code"] = digest.hexdigest()[:12]
     # How accelerate hands a launch file on.
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+    for name in (
+        "ACCELERATE_USE_DEEPSPEED",
+        *(name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")),
+    ):
         value = os.environ.get(name, "")
         facts[name] = hashlib.sha256(Path(value).read_bytes()).hexdigest()[:12] if Path(value).is_file() else value
     return facts
@@ -145,7 +154,7 @@ def _problem(precision: str, has_cuda: bool) -> str | None:
         return None
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > gpus:
-        return f"{processes} processes for {gpus} GPUs on this machine; --num_processes {gpus} would do"
+        return f"{processes} processes for {gpus} GPUs on this machine; {gpus} a machine would do"
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return f"train.precision: {torch.cuda.get_device_name()} can't do bf16; fp16 or fp32 would do on this machine"
     return None

@@ -48,6 +48,18 @@ def meet(same: Mapping[str, Any], problem: str | None) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "problem": problem, "same": dict(same)}
     store = _open_store(rank, world_size)
+    try:
+        verdict = _exchange(store, rank, world_size, mine)
+    except _LOST:
+        raise UserError(
+            f"rank {rank} on {mine['host']}: {_address()}, the head, has gone; what it has said is above, or there"
+        ) from None
+    if verdict:
+        raise UserError(verdict, shared=True)
+
+
+def _exchange(store: Any, rank: int, world_size: int, mine: dict[str, Any]) -> str:
+    """Say what this rank is, and hear what is wrong with all together; nothing if all is well."""
     text = json.dumps(mine, sort_keys=True)
     there = store.compare_set(f"rank/{rank}", "", text).decode()
     if there != text:
@@ -62,28 +74,31 @@ def meet(same: Mapping[str, Any], problem: str | None) -> None:
         verdict = _judge(store, world_size)
         store.set("verdict", verdict)
         _wait(lambda: store.add("heard", 0) == world_size - 1, 5.0)  # this process may be the store's host
-    else:
-        verdict = _hear(store, rank)
-    if verdict:
-        raise UserError(verdict, shared=True)
+        return verdict
+    return _hear(store, rank)
 
 
 def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
+_LOST = (dist.DistNetworkError, dist.DistStoreError)
+
+
 def _open_store(rank: int, world_size: int) -> Any:
     """The launcher's, or one that rank 0 holds; torch's own start reaches the same one later."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    until = time.monotonic() + PATIENCE
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = rank == 0 and not of_launcher
+    # A launcher's was there before this process was; rank 0's may come late.
+    until = time.monotonic() + (NEWS if of_launcher else PATIENCE)
     while True:
         try:
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, world_size, holds, timedelta(seconds=NEWS), wait_for_workers=False, multi_tenant=True
             )
             break
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
+        except _LOST as error:
             reason = str(error).splitlines()[0]
             what = f"rank {rank} on {socket.gethostname()}: {_address()}, the head, can't be reached: {reason}"
             if holds or time.monotonic() > until:
@@ -159,7 +174,7 @@ def differences(found: list[dict[str, Any]]) -> str:
             more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
             return (
                 f"{listed('rank', alike)} on {facts['host']} and rank 0 on {first['host']} were not started alike:"
-                f" {'; '.join(shown)}{more}. The same versions, config and arguments everywhere would do"
+                f" {'; '.join(shown)}{more}. The same versions, config, tables and arguments everywhere would do"
             )
     return ""
 

@@ -15,20 +15,20 @@ BUCKETS = 8
 """As many at least, so that all but the last are reduced while the backward pass goes on."""
 
 
-def tuned(stage: int, trainable: int, total: int, cuda: bool) -> dict[str, Any]:
-    """Values for DeepSpeed's `zero_optimization`.
+def tuned(stage: int, trainable: list[int], total: int) -> dict[str, Any]:
+    """Values for DeepSpeed's `zero_optimization`. Whether to overlap is left to it: at stages 1 and 2 it does not, and
+    has had races there.
 
     Args:
         stage: Of ZeRO, 0 to 3.
-        trainable: Parameters of the phase that get gradients.
-        total: All of them.
-        cuda: Streams overlap only there.
+        trainable: Elements of each parameter of the phase that gets gradients.
+        total: Elements of all parameters.
     """
     if stage == 0:
         return {}
-    bucket = _bucket(trainable)
+    # A gradient larger than the bucket would be reduced in place, beside the buffers that are made for it.
+    bucket = max(_bucket(sum(trainable)), max(trainable, default=0))
     values = {
-        "overlap_comm": cuda,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

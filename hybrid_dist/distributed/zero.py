@@ -27,10 +27,10 @@ def configure(topology: Topology, model: nn.Module, train: TrainConfig, accumula
     zero = config["zero_optimization"]
     zero.clear()
     zero.update(copy.deepcopy(topology.zero))
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     cuda = topology.device.type == "cuda"
-    fill_in(zero, tuned(plugin.zero_stage, trainable, total, cuda), cuda)
+    fill_in(zero, tuned(plugin.zero_stage, trainable, total), cuda)
     config.update(
         train_micro_batch_size_per_gpu=train.micro_batch_size,
         gradient_accumulation_steps=accumulation,

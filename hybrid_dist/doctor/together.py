@@ -60,54 +60,54 @@ def _scontrol(*arguments: str) -> str:
 
 
 def join(place: Place) -> None:
-    """Meet the others, over NCCL where each has a GPU, else over gloo.
+    """Meet the others, over gloo: what they have to tell does not need a GPU.
 
     Raises:
         RuntimeError: they are not all there within `PATIENCE` seconds.
     """
-    # NCCL wants a GPU for each process: with fewer, or none, what is measured is what training would use, gloo.
-    backend = "nccl" if torch.cuda.device_count() >= _local(place) else "gloo"
     choose_interface(place.head, place.port)
-    if backend == "nccl":
-        torch.cuda.set_device(place.rank % torch.cuda.device_count())
     dist.init_process_group(
-        backend, f"tcp://{place.head}:{place.port}", rank=place.rank, world_size=place.world_size,
+        "gloo", f"tcp://{place.head}:{place.port}", rank=place.rank, world_size=place.world_size,
         timeout=timedelta(seconds=PATIENCE),
     )  # fmt: skip
 
 
-def _local(place: Place) -> int:
-    return int(os.environ.get("SLURM_NTASKS_PER_NODE", os.environ.get("LOCAL_WORLD_SIZE", place.world_size)))
+def _has_own_gpu(place: Place) -> bool:
+    """Whether there is one for each process of this machine, as NCCL wants it."""
+    local = int(os.environ.get("SLURM_NTASKS_PER_NODE", os.environ.get("LOCAL_WORLD_SIZE", place.world_size)))
+    return torch.cuda.device_count() >= local
 
 
-def all_reduce() -> tuple[float, bool]:
+def all_reduce(place: Place, cuda: bool) -> Line:
     """Median bytes a second that a rank sends in an all-reduce (bus bandwidth as NCCL's tests count it), and whether
-    the sum was right."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    world, rates, right = dist.get_world_size(), [], True
+    the sum was right.
+
+    Args:
+        cuda: Over NCCL; all ranks must have a GPU of their own. Else over gloo, as training would.
+    """
+    group: Any = None
+    if cuda:
+        torch.cuda.set_device(place.rank % torch.cuda.device_count())
+        group = dist.new_group(backend="nccl", timeout=timedelta(seconds=PATIENCE))
+    world, rates, right = place.world_size, [], True
     for turn in range(TURNS + 1):
-        numbers = torch.full((NUMBERS,), float(dist.get_rank() + turn), device=device)
+        numbers = torch.full((NUMBERS,), float(place.rank + turn), device="cuda" if cuda else "cpu")
         began = time.perf_counter()
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, group=group)
         total = float(numbers[-1])  # waits for the device
         rates.append(2 * (world - 1) / world * numbers.nbytes / (time.perf_counter() - began))
         right &= total == float(sum(rank + turn for rank in range(world)))
-    return statistics.median(rates[1:]), right
-
-
-def gather(value: Any) -> list[Any] | None:
-    """Every rank's plain value, on rank 0."""
-    texts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(json.dumps(value), texts)
-    return None if texts is None else [json.loads(text) for text in texts]
-
-
-def describe(rate: float, right: bool, world_size: int) -> Line:
-    """The line of an all-reduce."""
-    text = f"{world_size} processes over {dist.get_backend()}: {rate / 1e9:.2f} GB/s"
+    text = f"{world} processes over {'nccl' if cuda else 'gloo'}: {statistics.median(rates[1:]) / 1e9:.2f} GB/s"
     if not right:
         return fail("all-reduce", f"{text}, and the sum is wrong", "a broken link or memory: try other machines")
     return ok("all-reduce", text)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's plain value, on all ranks."""
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, json.dumps(value))
+    return [json.loads(text) for text in texts]
 
 
 def local_line(processes: int) -> Line:
@@ -155,12 +155,14 @@ def together_lines(place: Place, own: list[Line], same: dict[str, Any]) -> list[
         return [fail("rendezvous", f"rank {place.rank} at {place.head}:{place.port}: {reason}", remedy)]
     dist.barrier()
     facts = {"lines": [vars(line) for line in own], "time": time.time(), "host": socket.gethostname()}
-    facts["same"] = {**common_facts(torch.cuda.is_available()), **same}
-    rate, right = all_reduce()
+    has_gpu = _has_own_gpu(place)
+    facts["same"] = {**common_facts(has_gpu), **same}
     everyone = gather(facts)
-    line = describe(rate, right, place.world_size)
+    # Where some have GPUs and some have none, NCCL would wait for ever; that they differ is said.
+    cuda = all(other["same"]["device"] == "cuda" for other in everyone)
+    line = all_reduce(place, cuda)
     dist.destroy_process_group()
-    if everyone is None:
+    if place.rank > 0:
         return None
     return [*_per_host(everyone), *_compare(everyone), line]
 
@@ -189,9 +191,9 @@ def _compare(everyone: list[dict[str, Any]]) -> list[Line]:
 def main() -> int:
     """A process of `local_line`."""
     rank, world, head, port = sys.argv[1:]
-    join(Place(int(rank), int(world), head, int(port)))
-    rate, right = all_reduce()
-    line = describe(rate, right, int(world))
+    place = Place(int(rank), int(world), head, int(port))
+    join(place)
+    line = all_reduce(place, _has_own_gpu(place))
     dist.destroy_process_group()
     print(json.dumps(vars(line)))
     return 0

@@ -86,14 +86,15 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     said = launch._problem("fp32", has_cuda=True)
-    assert said == "8 processes for 4 GPUs on this machine; --num_processes 4 would do"
+    assert said == "8 processes for 4 GPUs on this machine; 4 a machine would do"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert launch._problem("fp32", has_cuda=True) is None
 
 
 def test_interface_that_leads_to_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: the interface of the machine's own name, which may be a loopback one; a choice that is the user's."""
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "before")  # or what is set here would stay
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     meeting.choose_interface("127.0.0.1", 29500)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")

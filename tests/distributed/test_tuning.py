@@ -17,31 +17,34 @@ from tests.conftest import ROOT, launch
 def test_what_the_launch_file_says_stands() -> None:
     """Catches: a setting of the user's that is overwritten, an `auto` that is not; memory pinned without a GPU."""
     zero: dict[str, Any] = {
-        "stage": 3, "reduce_bucket_size": 7, "overlap_comm": "auto", "offload_optimizer": {"device": "cpu"},
+        "stage": 3, "reduce_bucket_size": 7, "allgather_bucket_size": "auto", "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu", "pin_memory": False}, "stage3_max_live_parameters": "auto",
     }  # fmt: skip
-    fill_in(zero, tuned(3, 200, 1_000_000, cuda=True), cuda=True)
+    fill_in(zero, tuned(3, [150, 50], 1_000_000), cuda=True)
     assert zero["reduce_bucket_size"] == 7
-    assert zero["overlap_comm"] is True
+    assert zero["allgather_bucket_size"] == FEWEST_IN_A_BUCKET
     assert zero["offload_optimizer"]["pin_memory"] is True
     assert zero["offload_param"]["pin_memory"] is False
     assert zero["stage3_max_live_parameters"] == 250_000
     without = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
-    fill_in(without, tuned(2, 200, 400, cuda=False), cuda=False)
-    assert without["overlap_comm"] is False
+    fill_in(without, tuned(2, [150, 50], 400), cuda=False)
+    assert "overlap_comm" not in without
     assert without["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert without["offload_param"] == {"device": "none"}
 
 
-@given(st.integers(1, 3), st.integers(1, 2_000_000_000), st.integers(0, 2_000_000_000), st.booleans())
-def test_sizes_follow_the_model(stage: int, trainable: int, frozen: int, cuda: bool) -> None:
-    """Catches: one bucket for all gradients of a large model; buckets of nothing; ZeRO 3 that keeps a model whole."""
-    values = tuned(stage, trainable, trainable + frozen, cuda)
-    assert FEWEST_IN_A_BUCKET <= values["reduce_bucket_size"] <= MOST_IN_A_BUCKET
-    if trainable > 8 * FEWEST_IN_A_BUCKET:
-        assert values["reduce_bucket_size"] * 8 <= trainable
-    if stage == 3 and trainable + frozen > 4 * FEWEST_IN_A_BUCKET:
-        assert values["stage3_max_live_parameters"] <= (trainable + frozen) / 4
+@given(st.integers(1, 3), st.lists(st.integers(1, 40_000_000), max_size=60), st.integers(0, 2_000_000_000))
+def test_sizes_follow_the_model(stage: int, trainable: list[int], frozen: int) -> None:
+    """Catches: one bucket for all gradients of a large model; buckets of nothing, or smaller than a gradient; ZeRO 3
+    that keeps a model whole."""
+    total, largest = sum(trainable) + frozen, max(trainable, default=0)
+    values = tuned(stage, trainable, total)
+    bucket = values["reduce_bucket_size"]
+    assert max(FEWEST_IN_A_BUCKET, largest) <= bucket <= max(MOST_IN_A_BUCKET, largest)
+    if sum(trainable) > 8 * max(FEWEST_IN_A_BUCKET, largest):
+        assert bucket * 8 <= sum(trainable)
+    if stage == 3 and total > 4 * FEWEST_IN_A_BUCKET:
+        assert values["stage3_max_live_parameters"] <= total / 4
     assert ("stage3_max_live_parameters" in values) == (stage == 3)
 
 

@@ -93,7 +93,6 @@ def cable() -> Iterator[Cable]:
 def make_config(data: Path, folder: Path) -> Path:
     values = tiny_values(data, folder)
     values["checkpoint"] = {"every_steps": 7, "keep": 2}
-    values["train"]["stall_timeout"] = 10.0
     for phase in values["phases"]:
         phase["steps"] = 40
     YAML().dump(values, folder / "config.yaml")
@@ -116,7 +115,7 @@ def test_a_cable_that_is_pulled(cable: Cable, tiny_data: Path, tmp_path: Path) -
     launch("--config", str(config), f"run.dir={tmp_path / 'whole'}", config_file="zero2")
     run = tmp_path / "runs" / "tiny"
 
-    machines = cable.both(run, "--config", str(config))
+    machines = cable.both(run, "--config", str(config), "train.stall_timeout=10")
     assert machines[0].wait_for("a step", lambda: machines[0].steps() > 20, SECONDS), machines[0].tail()
     cable.set("down")
     began = time.monotonic()
@@ -129,7 +128,7 @@ def test_a_cable_that_is_pulled(cable: Cable, tiny_data: Path, tmp_path: Path) -
     assert 0 not in codes
     status = machines[0].status()
     assert status["state"] == "failed", (status, machines[0].tail())
-    assert "stuck: no progress for 10 s at ranks 0, 1" in status["reason"]
+    assert "stuck: no progress for 10 s at rank" in status["reason"]
 
     machines = cable.both(run, "--config", str(config))
     assert ends(*machines) == [0, 0], machines[0].tail()
