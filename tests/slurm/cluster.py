@@ -220,6 +220,11 @@ class Job:
         self.wait_for("the end", lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), seconds)
         return self.state
 
+    def minutes(self) -> int:
+        """Whole ones that this start has run."""
+        hours, minutes, _ = self.facts()["RunTime"].split(":")
+        return int(hours) * 60 + int(minutes)
+
     def is_requeued(self) -> bool:
         """Once more than it was released."""
         facts = self.facts()

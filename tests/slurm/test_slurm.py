@@ -135,12 +135,14 @@ def test_a_limit_that_is_too_short(whole: tuple[Path, str], cluster: Cluster, ti
         shutil.copytree(tiny_data / name, tmp_path / "data" / name)
         shutil.copy(tiny_data / f"{name}.csv", tmp_path / "data")
     config, run = make_config(tmp_path / "data", tmp_path), tmp_path / "runs" / "tiny"
-    limits = (*TWO, "--time=1", "--signal=B:USR1@15")
+    limits = (*TWO, "--time=30", "--signal=B:USR1@15")
     arguments = ("--config", str(config), *STEPS, "data.workers=1")
     job = cluster.submit(*arguments, log=tmp_path / "log", options=limits)
     wait_for_step(job, run, 2)
     give_back = block_pictures(tmp_path)  # however fast the machine, the limit comes first
-    job.wait_for("requeue", job.is_requeued, 120)
+    # And however slow: it is a minute or two from here.
+    cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={job.minutes() + 2}")
+    job.wait_for("requeue", job.is_requeued, 240)
     give_back()
     at = status(run)["step"]
     assert f"requeued at step {at} (stopped: a STOP file)" in job.text()
