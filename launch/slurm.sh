@@ -60,8 +60,6 @@ look_at_run() {
     <<<"$lines"
 }
 
-# What a job knows of its earlier starts lies beside the run's folder, which may not be there yet:
-# the starts in a row without a new checkpoint, and which folder stood there at first.
 # Of the run that stands there: its config is written anew by each start.
 identity() { stat -c %i-%Y "$folder/config.yaml" 2>/dev/null || echo none; }
 
@@ -72,6 +70,8 @@ is_over() { # JOB
   [[ -z $said || $said == *"Invalid job id"* ]]
 }
 
+# What a job knows of its earlier starts lies beside the run's folder, which may not be there yet:
+# the starts in a row without a new checkpoint, and which run stood there at first.
 remember() { mkdir -p "${memory%/*}" && echo "$tries $first" >"$memory"; }
 
 recall() {

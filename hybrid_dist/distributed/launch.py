@@ -111,9 +111,7 @@ def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) 
         label=_label(accelerator),
         accelerator=accelerator,
         control=control,
-        zero=copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
-        if deepspeed
-        else {},
+        zero=copy.deepcopy(plugin.deepspeed_config["zero_optimization"]) if plugin is not None else {},
     )
 
 
@@ -137,11 +135,9 @@ def common_facts(has_cuda: bool) -> dict[str, str]:
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     facts["hybrid-dist's code"] = digest.hexdigest()[:12]
     # How accelerate hands a launch file on.
-    for name in (
-        "ACCELERATE_USE_DEEPSPEED",
-        *(name for name in os.environ if name.startswith("ACCELERATE_DEEPSPEED_")),
-    ):
-        value = os.environ.get(name, "")
+    for name, value in os.environ.items():
+        if not name.startswith(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_")):
+            continue
         facts[name] = hashlib.sha256(Path(value).read_bytes()).hexdigest()[:12] if Path(value).is_file() else value
     return facts
 

@@ -12,7 +12,8 @@ MOST_IN_A_BUCKET = 25_000_000
 """Elements: 100 MB of fp32, with which links are well used."""
 FEWEST_IN_A_BUCKET = 100_000
 BUCKETS = 8
-"""As many at least, so that all but the last are reduced while the backward pass goes on."""
+"""As many at least: each is small beside the gradients, and at ZeRO 3 all but the last are reduced while the backward
+pass goes on."""
 
 
 def tuned(stage: int, trainable: list[int], total: int) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybrid_dist.distributed import Control, differences
 from hybrid_dist.distributed.launch import common_facts
-from hybrid_dist.distributed.meeting import choose_interface, differences
+from hybrid_dist.distributed.meeting import choose_interface
 from hybrid_dist.doctor.line import Line, fail, ok, warn
 from hybrid_dist.doctor.storage import SKEW
 
@@ -103,13 +104,6 @@ def all_reduce(place: Place, cuda: bool) -> Line:
     return ok("all-reduce", text)
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's plain value, on all ranks."""
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, json.dumps(value))
-    return [json.loads(text) for text in texts]
-
-
 def local_line(processes: int) -> Line:
     """Start so many processes on this machine, let them meet, and measure."""
     with socket.socket() as probe:
@@ -153,11 +147,12 @@ def together_lines(place: Place, own: list[Line], same: dict[str, Any]) -> list[
         reason = str(error).splitlines()[0]
         remedy = "see that the nodes reach each other; HEAD=ADDRESS, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME may help"
         return [fail("rendezvous", f"rank {place.rank} at {place.head}:{place.port}: {reason}", remedy)]
-    dist.barrier()
-    facts = {"lines": [vars(line) for line in own], "time": time.time(), "host": socket.gethostname()}
+    control = Control(place.rank, place.world_size, timedelta(seconds=PATIENCE))
+    control.barrier()
+    facts: dict[str, Any] = {"lines": [vars(line) for line in own], "time": time.time(), "host": socket.gethostname()}
     has_gpu = _has_own_gpu(place)
     facts["same"] = {**common_facts(has_gpu), **same}
-    everyone = gather(facts)
+    everyone = control.to_all(facts)
     # Where some have GPUs and some have none, NCCL would wait for ever; that they differ is said.
     cuda = all(other["same"]["device"] == "cuda" for other in everyone)
     line = all_reduce(place, cuda)
