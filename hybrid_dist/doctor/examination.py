@@ -10,6 +10,7 @@ from hybrid_dist.config import Config
 from hybrid_dist.doctor.host import host_lines
 from hybrid_dist.doctor.inputs import data_lines, parameters_of, weights_lines
 from hybrid_dist.doctor.line import Line, fail
+from hybrid_dist.doctor.memory import memory_lines
 from hybrid_dist.doctor.storage import storage_lines
 from hybrid_dist.doctor.together import Place, local_line, together_lines
 
@@ -43,6 +44,7 @@ def _own(config: Config | None, processes: int, doing: Callable[[str], None]) ->
         "weights": lambda: weights_lines(config),
         "disk": lambda: storage_lines(config, parameters_of(config)),
         "data": lambda: data_lines(config),
+        "memory": lambda: memory_lines(config),
     }
     for what, check in checks.items():
         doing(what)

@@ -84,9 +84,7 @@ def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) 
     between = SIZES[1] - SIZES[0]
     slope = (large.live - small.live) / between
     saved_slope = (large.saved - small.saved) / between
-    return Timeline(
-        small.live - slope * SIZES[0], slope, small, small.saved - saved_slope * SIZES[0], saved_slope
-    )
+    return Timeline(small.live - slope * SIZES[0], slope, small, small.saved - saved_slope * SIZES[0], saved_slope)
 
 
 def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast_linear: bool) -> Trace:
@@ -144,9 +142,8 @@ class _Meter:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(lambda module, _: self._visit(module, begins=True)))
             handles.append(module.register_forward_hook(lambda module, *_: self._visit(module, begins=False)))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                handles.append(parameter.register_post_accumulate_grad_hook(self._take))
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        handles += [parameter.register_post_accumulate_grad_hook(self._take) for parameter in trained]
         try:
             with _Live(self.own, self.live):
                 yield

@@ -116,8 +116,8 @@ class Planner:
         self._parameters = lru_cache(maxsize=None)(self.fake.train)
         self._timeline = lru_cache(maxsize=None)(self._trace)
 
-    def row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
-        """What the process that needs most needs.
+    def process(self, phase: str, strategy: Strategy, micro_batch: int, rank: int | None = None) -> Process:
+        """A process's memory; `rank` None: that of the one that needs most.
 
         Raises:
             UserError: the global batch doesn't divide.
@@ -125,19 +125,26 @@ class Planner:
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
         rules = self.rules[phase]
         parameters = self._parameters(rules)
+        if rank is None:
+            rank = fullest_rank(parameters, strategy.stage, self.processes)
         low = self.precision in AUTOCAST
         setting = Setting(strategy, self.processes, micro_batch, accumulation, low, self.device)
-        rank = fullest_rank(parameters, strategy.stage, self.processes)
-        process = Process(
-            setting, self._timeline(rules, strategy.stage == 3), parameters, self.fake.buffer_bytes(), rank
-        )
+        return Process(setting, self._timeline(rules, strategy.stage == 3), parameters, self.fake.buffer_bytes(), rank)
+
+    def row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
+        """What the process that needs most needs.
+
+        Raises:
+            UserError: as `process`.
+        """
+        process = self.process(phase, strategy, micro_batch)
         when, bytes_then = process.peak
         workspace = ALLOWANCES[self.device].of(bytes_then, self.processes)
-        saved = self._checkpoint_copy(parameters)
+        saved = self._checkpoint_copy(process.parameters)
         # Without a GPU there is but one memory.
         total = bytes_then + workspace + (saved if self.device == "cpu" else 0)
         return Row(
-            phase=phase, launch=strategy.name, micro_batch=micro_batch, accumulation=accumulation,
+            phase=phase, launch=strategy.name, micro_batch=micro_batch, accumulation=process.setting.accumulation,
             parameters=process.states.parameters, gradients=process.states.gradients,
             optimizer=process.states.optimizer, activations=process.timeline.saved(micro_batch),
             buckets=process.communication, workspace=workspace, peak=total, fullest=when,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hybrid_dist.plan.activations import Timeline
 from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.gather import FP32, LOW, Gatherer
-from hybrid_dist.plan.states import Shares, States, grouped, shares, states
+from hybrid_dist.plan.states import MOMENTS, Shares, States, grouped, shares, states
 from hybrid_dist.plan.strategies import BUCKET, Strategy
 
 FP64 = 8
@@ -71,8 +71,20 @@ class Process:
         """Bytes in host memory that take a device's place."""
         if not self.strategy.offload_optimizer:
             return 0
-        aside = FP32 * self.share.touched if self.strategy.stage == 2 and self.accumulates else 0
-        return self.states.host + aside + (FP32 * self.largest if self.strategy.stage == 2 else 0)
+        part, pinned = FP32 * sum(self.share.part), self._pinned
+        by_group = sum(pinned(FP32 * elements) for elements in self.share.part)
+        if self.strategy.stage == 3:
+            # Parts of the parameters and gradients, these once more, and what the optimizer works on.
+            trained = by_group if self.strategy.offload_parameters else 0
+            frozen = max(self.states.host_parameters - part, 0)
+            return frozen + trained + by_group + pinned(part) + (1 + MOMENTS) * part
+        # What the optimizer works on, what it sends back, gradients; and those of earlier micro batches.
+        aside = FP32 * self.share.touched if self.accumulates else 0
+        return 3 * by_group + MOMENTS * part + pinned(FP32 * self.largest) + aside
+
+    def _pinned(self, size: int) -> int:
+        """Bytes of page-locked memory, of which torch makes powers of two."""
+        return 1 << (size - 1).bit_length() if self.setting.device == "cuda" and size else size
 
     def _kinds(self) -> set[bool]:
         """Gradients of linear and convolution layers (True) are reduced in autocast's type, all others in fp32."""
