@@ -31,9 +31,9 @@ def memory_lines(config: Config) -> Iterator[Line]:
         return
     where = f"on each of {processes} GPUs" if processes > 1 else "on the GPU" if gpus else "in main memory"
     own, needed, there = config.train.micro_batch_size, found.bytes / 1e9, memory / 1e9
-    text = f"phase {found.phase} takes about {needed:.1f} of {there:.1f} GB {where}, micro batch {own}, {found.launch}"
+    text = f"phase {found.phase} takes about {needed:.1f} of {there:.1f} GB {where}, micro batch {own}"
     if found.fits:
-        yield ok("memory", text)
+        yield ok("memory", f"{text}, {found.launch}")
     elif found.micro_batch:
         more = f" with launch/accelerate/{found.launch}.yaml" if processes > 1 else ""
         yield fail("memory", text, f"train.micro_batch_size={found.micro_batch}{more} would fit")
