@@ -212,7 +212,9 @@ def measure(arguments: argparse.Namespace, launch: str, phase: str) -> list[dict
             *("--config_file", f"launch/accelerate/{launch}.yaml", __file__),
             *("--config", arguments.config, "--phase", phase, "--out", str(out), *arguments.overrides),
         ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=1800)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{done.stderr[-4000:]}")
         found: list[dict[str, int]] = json.loads(out.read_text())
     return found
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrid_dist.errors import UserError
 from hybrid_dist.plan.fake import FakeModel
 from hybrid_dist.plan.policy import FP32_ON_CUDA, Policy, saves_uncast
 
@@ -78,9 +79,13 @@ def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) 
         precision: As `train.precision`.
         device: `cuda` or `cpu`, whose autocast it is.
         uncast_linear: ZeRO 3's linear layers.
+
+    Raises:
+        UserError: what the model does depends on the number of pictures.
     """
     small, large = (trace(fake, size, precision, device, uncast_linear) for size in SIZES)
-    assert len(small.live) == len(large.live), "the operations depend on the micro batch"
+    if len(small.live) != len(large.live):
+        raise UserError("model: it does other operations for more pictures, so two runs don't tell what others take")
     between = SIZES[1] - SIZES[0]
     slope = (large.live - small.live) / between
     saved_slope = (large.saved - small.saved) / between
@@ -154,8 +159,7 @@ class _Meter:
     def saving(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.own:
-            # By its size too: an address may be another storage's later on.
-            self.saved[storage._cdata] = max(storage.nbytes(), self.saved.get(storage._cdata, 0))
+            self.saved[storage._cdata] = storage.nbytes()
         return tensor
 
     def saved_bytes(self) -> int:

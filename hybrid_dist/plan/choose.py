@@ -120,7 +120,7 @@ class Planner:
         """A process's memory; `rank` None: that of the one that needs most.
 
         Raises:
-            UserError: the global batch doesn't divide.
+            UserError: the global batch doesn't divide, or the model does other things with other batches.
         """
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
         rules = self.rules[phase]
