@@ -35,9 +35,10 @@ class Gatherer:
     a model of less than half of that, are not let go before.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], trace: Trace, low_precision: bool) -> None:
+    def __init__(self, parameters: Sequence[Parameter], trace: Trace, low_precision: bool, processes: int) -> None:
         """`low_precision`: autocast is on; weights of linear and convolution layers then travel in its type."""
         self.trace = trace
+        self.processes = processes
         self.numel = [parameter.numel for parameter in parameters]
         self.travels = [LOW if low_precision and parameter.low_precision else FP32 for parameter in parameters]
         self.small = {index for index, numel in enumerate(self.numel) if numel <= PERSISTENT}
@@ -57,7 +58,7 @@ class Gatherer:
         for step, index in self.queue:
             self.uses.setdefault(index, []).append(step)
 
-    def run(self) -> NDArray[np.int64]:
+    def run(self) -> NDArray[np.float64]:
         """(operations,) bytes of gathered weights and of buffers, without the small weights that are always whole."""
         step = 0
         for visit in self.trace.visits:
@@ -70,7 +71,7 @@ class Gatherer:
             step += 1
             self._fetch(begin, step, own)
             self._release(end, step, own)
-        return (np.cumsum(self.changes) + self.spikes)[:-1]
+        return (np.cumsum(self.changes) + self.spikes)[:-1].astype(np.float64)
 
     def _backward_visits(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """A module's backward ends with the last gradient of its own weights, and the next one's begins."""
@@ -121,14 +122,22 @@ class Gatherer:
         self.coming.update(dict.fromkeys(members, buffer))
         self.available += sum(self.numel[index] for index in members)
         self.changes[operation] += buffer.bytes
+        # This process's parts are cast, all of them, before they go.
+        self._spike(operation, sum(LOW * self._low(index) for index in members) // self.processes)
 
     def _arrive(self, operation: int, buffer: _Buffer) -> None:
         buffer.arrived = True
         self.whole.update(buffer.members)
         self.changes[operation] += FP32 * sum(self.numel[index] for index in buffer.members)
         # Each is put together in the type that it came in before it becomes fp32.
-        low = [self.numel[index] for index in buffer.members if self.travels[index] == LOW]
-        self.spikes[operation] = max(self.spikes[operation], LOW * max(low, default=0))
+        self._spike(operation, LOW * max(map(self._low, buffer.members)))
+
+    def _low(self, index: int) -> int:
+        """Elements that travel in autocast's type."""
+        return self.numel[index] if self.travels[index] == LOW else 0
+
+    def _spike(self, operation: int, size: int) -> None:
+        self.spikes[operation] = max(self.spikes[operation], size)
 
     def _release(self, operation: int, step: int, own: tuple[int, ...]) -> None:
         for index in own:

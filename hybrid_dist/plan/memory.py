@@ -155,12 +155,17 @@ class Process:
     def _weights_split(self) -> Iterator[Moment]:
         """ZeRO 3: weights are gathered and let go, gradients go through buckets that stay."""
         held = self.states.device + self.communication + self._offload()
-        gathered = Gatherer(self.parameters, self.timeline.trace, self.setting.low_precision).run()
+        gathered = self._gathered()
         yield from self._passes(held, self._live + gathered)
         yield from self._reductions(held, 0, self._live + gathered)
         if not self.strategy.offload_optimizer:
             bare = held - FP32 * self.share.persistent
             yield "step", bare + max(FP32 * part + self._update(part) for part in self.share.part)
+
+    def _gathered(self) -> Bytes:
+        """(operations,) bytes of weights that are whole for a time, and of those on their way."""
+        setting = self.setting
+        return Gatherer(self.parameters, self.timeline.trace, setting.low_precision, setting.processes).run()
 
     def _offload(self) -> int:
         """What offloading adds on the device, and on the CPU everything that it puts aside."""
