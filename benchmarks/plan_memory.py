@@ -2,10 +2,10 @@
 
     python benchmarks/plan_memory.py --config configs/small.yaml --launch ddp zero1 zero2 zero3 [--phase c] [--json]
 
-Every launch file starts two processes, which make three optimizer steps of random pictures. States are counted by
-walking the engine's tensors, storage by storage. The peak is what torch's allocator reports over the last step: a
-process's resident memory would tell less, for pages of a buffer that nobody has written to are not resident, while a
-GPU hands all of them out. Interpreter and libraries, oneDNN's scratch memory and what malloc keeps are not in it, as
+Every launch file starts two processes, which make four optimizer steps of random pictures. States are counted by
+walking the engine's tensors, storage by storage. The peak is what torch's allocator reports over a step: a process's
+resident memory would tell less, for pages of a buffer that nobody has written to are not resident, while a GPU hands
+all of them out. Interpreter and libraries, oneDNN's scratch memory and what malloc keeps are not in it, as
 they are not in the plan for the CPU that stands beside it.
 """
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,8 +40,10 @@ from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks
 
-STEPS = 3
-MARK = "the last step"
+STEPS = 4
+MEASURED = 2
+"""The last so many; before, the optimizer has no state, and DeepSpeed does not know the order of the modules."""
+MARK = "a measured step"
 KINDS = ("parameters", "gradients", "optimizer")
 
 
@@ -97,17 +101,26 @@ def before(owner: Any, name: str, action: Any) -> None:
     setattr(owner, name, wrapped)
 
 
-def watch_gradients(engine: Any, found: dict[str, int]) -> None:
-    """Count them where they stand in full."""
+def watch_gradients(engine: Any, found: dict[int, int]) -> None:
+    """Note them where they stand in full: address and bytes."""
 
-    def count() -> None:
-        found["gradients"] = sum(gradient_storages(engine).values())
+    def note() -> None:
+        found.clear()
+        found.update(gradient_storages(engine))
 
     stage = getattr(engine, "stage", 0)
     if stage == 0:
-        before(engine, "step", count)
+        before(engine, "step", note)
     else:
-        before(engine.zero, "reduce_gradients" if stage == 1 else "step", count)
+        before(engine.zero, "reduce_gradients" if stage == 1 else "step", note)
+
+
+def everything() -> set[int]:
+    """Addresses of all tensors that Python knows."""
+    gc.collect()  # DeepSpeed leaves some in reference cycles, which Python lets go at a time of its own
+    # By type: `isinstance` would ask objects that answer with a warning.
+    known = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    return set(storages(tensor for tensor in known if tensor.layout == torch.strided and tensor.device.type == "cpu"))
 
 
 def batches(config: Config, accumulation: int) -> list[Batch]:
@@ -120,47 +133,57 @@ def batches(config: Config, accumulation: int) -> list[Batch]:
     return [Batch(pictures, labels, torch.arange(micro)) for pictures in images]
 
 
-def take_steps(config: Config, topology: Topology, phase: str) -> dict[str, int]:
-    """Make an engine and its steps; bytes of its states."""
+def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str, int], list[set[int]]]:
+    """Make an engine and its steps; bytes of its states, and the addresses in use before each measured step."""
     tasks = make_tasks(config.tasks, {name: tuple(map(str, range(count))) for name, count in classes(config).items()})
     model = build_model(config.model, config.tasks, classes(config), config.data.image_size, 0, load=False)
     model.set_trainable(next(entry.trainable for entry in config.phases if entry.name == phase))
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
     engine = make_engine(topology, model, param_groups(model, config.train.weight_decay), config.train, accumulation)
     engine.set_lr(1e-6)
-    found: dict[str, int] = {}
-    watch_gradients(engine, found)
+    gradients: dict[int, int] = {}
+    watch_gradients(engine, gradients)
     work = batches(config, accumulation)
     counts = {task.name: config.train.global_batch_size for task in tasks}
+    used = []
     for step in range(STEPS):
-        # DeepSpeed leaves tensors in reference cycles, which Python lets go at a time of its own.
-        gc.collect()
-        with record_function(MARK if step == STEPS - 1 else "a step"):
+        measured = step >= STEPS - MEASURED
+        if measured:
+            # DDP's buckets are known to Python only while gradients lie in them.
+            used.append(everything() | (gradients.keys() if topology.world_size > 1 else set()))
+        with record_function(MARK) if measured else contextlib.nullcontext():
             train_step(engine, tasks, work, counts, [0] * accumulation, topology.device, lambda _: None)
-    found["parameters"] = sum(parameter_storages(engine).values())
+    found = {"gradients": sum(gradients.values()), "parameters": sum(parameter_storages(engine).values())}
     found["optimizer"] = sum(optimizer_storages(engine).values())
-    return found
+    engine.close()
+    return found, used
 
 
-def peak_of(profiler: Any) -> int:
-    """Bytes at the last step's fullest moment.
+def peak_of(profiler: Any, used: list[set[int]]) -> int:
+    """Bytes at a step's fullest moment, of the measured step that shows less.
 
-    What a thread of gloo lets go of, it does unseen: a block is struck off when its address is handed out again.
+    What a thread of gloo lets go of, it does unseen. Such a block is struck off when its address is handed out again,
+    or when a measured step begins and nobody has it.
     """
-    waiting, begin, events = list(profiler.profiler.kineto_results.experimental_event_tree()), 0, []
+    waiting, begins, events = list(profiler.profiler.kineto_results.experimental_event_tree()), [], []
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.name == MARK:
-            begin = event.start_time_ns
+            begins.append(event.start_time_ns)
         if event.tag.name == "Allocation":
             events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    blocks, now, most = Blocks(), 0, 0
+    begins.sort()
+    blocks, now, peaks = Blocks(), 0, []
     for time, address, size in sorted(events):
+        if len(peaks) < len(begins) and time >= begins[len(peaks)]:
+            for lost in blocks.sizes.keys() - used[len(peaks)]:
+                now -= blocks.give(lost)
+            peaks.append(now)
         now += blocks.take(address, size) if size > 0 else -blocks.give(address)
-        if time >= begin:
-            most = max(most, now)
-    return most
+        if peaks:
+            peaks[-1] = max(peaks[-1], now)
+    return min(peaks)
 
 
 class Blocks:
@@ -195,8 +218,8 @@ def rank(arguments: argparse.Namespace) -> None:
     topology = start(config.train.precision, config.train.stall_timeout)
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            found = take_steps(config, topology, arguments.phase)
-        ranks = topology.control.to_all({**found, "peak": peak_of(profiler)})
+            found, used = take_steps(config, topology, arguments.phase)
+        ranks = topology.control.to_all({**found, "peak": peak_of(profiler, used)})
         if topology.is_main:
             arguments.out.write_text(json.dumps(ranks))
     finally:
@@ -267,7 +290,7 @@ def main() -> int:
     if arguments.out is not None:
         (arguments.phase,) = arguments.phase
         rank(arguments)
-        return 0
+        os._exit(0)  # as train.py does: at Python's own end, threads of gloo may abort the process
     rows = compare(arguments)
     if arguments.json:
         print(json.dumps(rows, indent=1))
