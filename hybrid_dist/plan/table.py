@@ -26,7 +26,7 @@ def print_plan(plan: Plan, config: str, overrides: Sequence[str], assumed: Mappi
         overrides: The user's own `key.path=value`.
         assumed: Labels of each classification task, where they aren't the data's own.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, WIDTH)
     console.print(
         f"{_gpus(plan.processes)} of {plan.memory / GB:g} GB, {plan.precision}, global batch {plan.global_batch}; "
