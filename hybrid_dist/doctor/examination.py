@@ -12,6 +12,7 @@ from hybrid_dist.data.annotations import table_sums
 from hybrid_dist.doctor.host import host_lines
 from hybrid_dist.doctor.inputs import data_lines, parameters_of, weights_lines
 from hybrid_dist.doctor.line import Line, fail
+from hybrid_dist.doctor.memory import memory_lines
 from hybrid_dist.doctor.storage import storage_lines
 from hybrid_dist.doctor.together import Place, local_line, together_lines
 
@@ -55,6 +56,7 @@ def _own(config: Config | None, processes: int, doing: Callable[[str], None]) ->
         "weights": lambda: weights_lines(config),
         "disk": lambda: storage_lines(config, parameters_of(config)),
         "data": lambda: data_lines(config),
+        "memory": lambda: memory_lines(config),
     }
     for what, check in checks.items():
         doing(what)

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hybrid_dist import cli
+from hybrid_dist.config import load_config
 from hybrid_dist.doctor import together
 from hybrid_dist.doctor.line import Line
+from hybrid_dist.doctor.memory import memory_lines
 from tests.conftest import ROOT, environment, fill, write_split
 
 COMMAND = [sys.executable, "-c", "import sys; from hybrid_dist.cli import main; sys.exit(main())", "doctor", "--json"]
@@ -40,6 +43,8 @@ def test_a_machine_that_is_all_right(tiny_config: Callable[..., Path], capsys: p
     assert lines["all-reduce"]["text"].startswith("2 processes over gloo: ")
     assert "56 pictures" in lines["data, train"]["text"]
     assert "torch " in lines["versions"]["text"]
+    assert lines["memory"]["state"] == "ok"
+    assert "in main memory" in lines["memory"]["text"]
     assert not list(config.parent.glob(".hybrid-dist*"))
     assert cli.main(["doctor", "run.name=x"]) == 2
 
@@ -59,13 +64,37 @@ def test_what_would_fail(
     code, lines = examine(capsys, "--config", str(tiny_config()), *changes)
     assert code == 3
     bad = {check for check, line in lines.items() if line["state"] == "fail"}
-    assert {"disk", "data", "weights, cnn", "weights, transformer"} <= bad
+    assert {"disk", "data", "weights, cnn", "weights, transformer", "memory"} <= bad
     assert all(lines[check]["remedy"] for check in bad)
     assert "none.csv" in lines["data"]["text"]
     code, lines = examine(capsys, "--config", str(tiny_config()), "data.max_bad=0", f"data.val_images={tmp_path}")
     assert code == 3
     assert lines["data, val"]["state"] == "fail"
     assert lines["data, train"]["state"] == "ok"
+
+
+def test_memory_of_the_gpus(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a config that runs out of memory in its last phase only, and a remedy that would too."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def lines(memory: int, *changes: str) -> list[Line]:
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=memory))
+        return list(memory_lines(load_config(tiny_config(), changes)))
+
+    (line,) = lines(80_000_000_000)
+    assert line.state == "ok"
+    assert line.text.startswith("phase c takes about 1.")
+    assert line.text.endswith("on each of 2 GPUs, micro batch 8, ddp")
+    (line,) = lines(1_540_000_000, "data.image_size=192")
+    assert line.state == "fail"
+    assert line.remedy.startswith("train.micro_batch_size=")
+    assert line.remedy.endswith("with launch/accelerate/ddp.yaml would fit")
+    (line,) = lines(1_000_000_000)
+    assert line.state == "fail"
+    assert "plan" in line.remedy
+    (line,) = lines(80_000_000_000, "train.micro_batch_size=5")
+    assert line.state == "warn"
+    assert "does not divide" in line.text
 
 
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:

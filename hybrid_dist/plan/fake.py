@@ -1,0 +1,95 @@
+"""The config's model without memory: every tensor has a shape and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hybrid_dist.config import Config
+from hybrid_dist.model.hybrid import Hybrid, build_model
+from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.tasks import Task, make_tasks
+
+LOW_PRECISION_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Exactly these classes: DeepSpeed sends their weights and gradients round in autocast's type, all others in fp32."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter costs follows from these."""
+
+    name: str
+    numel: int
+    group: int | None
+    """Its group in the optimizer; None: frozen."""
+    low_precision: bool
+    """Of one of `LOW_PRECISION_LAYERS`."""
+
+    @property
+    def trainable(self) -> bool:
+        return self.group is not None
+
+
+class FakeModel:
+    """A `Hybrid` of fake tensors on the CPU; weights are not looked at."""
+
+    def __init__(self, config: Config, classes: dict[str, int]) -> None:
+        """`classes`: labels of each classification task.
+
+        Raises:
+            UserError: as `build_model`.
+        """
+        self.config = config
+        self.mode = FakeTensorMode()
+        # On the meta device first: timm's constructors look at values, which fake tensors refuse.
+        with torch.device("meta"):
+            model = build_model(config.model, config.tasks, classes, config.data.image_size, 0, load=False)
+        self.model: Hybrid = model
+        with self.mode:
+            _replace_tensors(model)
+        names = {task: tuple(map(str, range(count))) for task, count in classes.items()}
+        self.tasks: list[Task] = make_tasks(config.tasks, names)
+
+    def train(self, rules: Sequence[str]) -> list[Parameter]:
+        """Let train what a phase's `trainable` names; gives all parameters in the model's order.
+
+        Raises:
+            UserError: they name nothing in this model.
+        """
+        self.model.set_trainable(rules)
+        self.model.train()
+        return self._parameters()
+
+    def _parameters(self) -> list[Parameter]:
+        groups = param_groups(self.model, self.config.train.weight_decay)
+        group_of = {name: index for index, group in enumerate(groups) for name in group["names"]}
+        low = {
+            id(parameter)
+            for module in self.model.modules()
+            if type(module) in LOW_PRECISION_LAYERS
+            for parameter in module.parameters(recurse=False)
+        }
+        return [
+            Parameter(name, parameter.numel(), group_of.get(name), id(parameter) in low)
+            for name, parameter in self.model.named_parameters()
+        ]
+
+    def buffer_bytes(self) -> int:
+        """Of masks, tables of indices and means."""
+        return sum(buffer.nbytes for buffer in self.model.buffers())
+
+
+def _replace_tensors(model: nn.Module) -> None:
+    """Put fake tensors in the place of all others; a tensor that stands in two places stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

@@ -1,0 +1,58 @@
+"""Whether a config as it stands fits on the machine at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybrid_dist.config import Config
+from hybrid_dist.plan.choose import Planner, Row
+from hybrid_dist.plan.classes import count_classes
+from hybrid_dist.plan.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The simplest launch file under which all phases fit with the config's micro batch, or what would fit instead."""
+
+    fits: bool
+    launch: str
+    micro_batch: int
+    """The config's own where it fits, else the largest that does under `launch`; 0: none."""
+    phase: str
+    """The one that needs most."""
+    bytes: int
+    """What it needs on each process, with the config's micro batch under the last launch file that was tried."""
+
+
+def fit(config: Config, processes: int, memory: int, device: str, launch: str | None = None) -> Fit:
+    """Try the config's own micro batch, the simplest launch file first, and then smaller ones.
+
+    Args:
+        processes: One for each GPU, or one without.
+        memory: Bytes for each of them.
+        device: `cuda` or `cpu`.
+        launch: A name of `launch/accelerate/`: only this one; None: whichever fits.
+
+    Raises:
+        UserError: the model can't be built, or the global batch doesn't divide.
+    """
+    classes, _ = count_classes(config)
+    planner = Planner(config, classes, processes, memory, device)
+    tried = [strategy for strategy in planner.strategies if launch in (None, strategy.name)]
+    own = config.train.micro_batch_size
+    worst = None
+    for strategy in tried:
+        worst = _worst(planner, strategy, own)
+        if worst.fits:
+            return Fit(True, strategy.name, own, worst.phase, worst.peak)
+    assert worst is not None, launch
+    for size in planner.micro_batches():
+        for strategy in tried:
+            if size < own and _worst(planner, strategy, size).fits:
+                return Fit(False, strategy.name, size, worst.phase, worst.peak)
+    return Fit(False, worst.launch, 0, worst.phase, worst.peak)
+
+
+def _worst(planner: Planner, strategy: Strategy, micro_batch: int) -> Row:
+    """The phase that needs most."""
+    return max((planner.row(phase, strategy, micro_batch) for phase in planner.rules), key=lambda row: row.peak)

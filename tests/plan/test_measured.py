@@ -1,0 +1,55 @@
+"""The plan beside real processes: what the engines hold, and what they take at the most."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+KINDS = ("parameters", "gradients", "optimizer")
+LAUNCHES = ["zero1", "zero2", "zero3"]
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By launch file; two micro batches in a step, the transformer and what follows it train."""
+    from ruamel.yaml import YAML
+
+    from tests.conftest import tiny_values
+
+    folder = tmp_path_factory.mktemp("measured")
+    values = tiny_values(tiny_data, folder)
+    # Wide enough for weights that ZeRO 3 does not leave whole.
+    values["model"]["cnn"]["kwargs"]["dims"] = [16, 32, 64, 256]
+    values["model"]["transformer"]["kwargs"]["embed_dim"] = 48
+    values["train"] = {"precision": "bf16", "micro_batch_size": 8, "global_batch_size": 32}
+    YAML().dump(values, folder / "config.yaml")
+    command = [sys.executable, "benchmarks/plan_memory.py", "--config", str(folder / "config.yaml"), "--json"]
+    command += ["--phase", "b", "--launch", *LAUNCHES]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {row["launch"]: row for row in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_states_are_exact(rows: dict[str, dict[str, Any]], launch: str) -> None:
+    """Catches: a padding, a copy or a rank's share that the engine has and the plan has not, or the other way round."""
+    planned, measured = rows[launch]["planned"], rows[launch]["measured"]
+    assert len(planned) == len(measured) == 2
+    for want, have in zip(planned, measured, strict=True):
+        assert {kind: have[kind] for kind in KINDS} == {kind: want[kind] for kind in KINDS}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_peak_is_right(rows: dict[str, dict[str, Any]], launch: str) -> None:
+    """Catches: a buffer or a moment of the step that the plan does not know."""
+    for want, have in zip(rows[launch]["planned"], rows[launch]["measured"], strict=True):
+        assert want["peak"] == pytest.approx(have["peak"], rel=0.1)

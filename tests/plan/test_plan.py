@@ -1,0 +1,163 @@
+"""`hybrid-dist plan`: what it recommends, what it prints, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from hybrid_dist import cli
+from hybrid_dist.config import load_config
+from hybrid_dist.plan import Plan, Planner, fit
+from hybrid_dist.plan.table import advice
+from tests.conftest import ROOT, environment, tiny_values
+
+CLASSES = {"type": 3, "airline": 2}
+ORDER = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    values = tiny_values(tiny_data, folder)
+    # Nothing of this may be looked for: there are no such weights.
+    values["model"]["cnn"]["weights"] = values["model"]["transformer"]["weights"] = "hub"
+    values["model"]["allow_scratch"] = False
+    YAML().dump(values, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def planner(config_file: Path) -> Planner:
+    """On 4 GPUs; the tests change how much memory they have."""
+    return Planner(load_config(config_file), CLASSES, 4, 80_000_000_000, "cuda")
+
+
+def plan(planner: Planner, memory: int) -> Plan:
+    planner.memory = memory
+    return planner.plan(lambda what: None)
+
+
+def test_more_memory_is_never_worse(planner: Planner) -> None:
+    """Catches: a recommendation that does not fit, or that less memory would have got a better one for."""
+    rows = plan(planner, 80_000_000_000).rows
+    assert {row.launch for row in rows} == set(ORDER)
+    assert {row.micro_batch for row in rows} == {1, 2, 4}, "of 16 on 4 processes"
+    before = None
+    for memory in sorted({row.peak for row in rows} | {row.peak - 1 for row in rows}):
+        found = plan(planner, memory)
+        for choice in (found.run, *found.phases.values()):
+            if choice is not None:
+                assert choice.peak <= memory
+        now = None if found.run is None else (-ORDER.index(found.run.launch), found.run.micro_batch)
+        if before is not None:
+            assert now is not None
+            assert now >= before
+        before = now
+    assert before == (0, 4), "everything fits: DDP, and the largest micro batch"
+
+
+def test_what_grows_with_what(planner: Planner, config_file: Path) -> None:
+    """Catches: activations that don't follow the micro batch, states that don't shrink with more processes."""
+    rows = {(row.phase, row.launch, row.micro_batch): row for row in plan(planner, 80_000_000_000).rows}
+    for phase in ("b", "c"):
+        for launch in ORDER:
+            small, large = rows[phase, launch, 1], rows[phase, launch, 4]
+            assert small.activations < large.activations < 4.1 * small.activations
+            assert small.peak < large.peak
+            assert (small.parameters, small.optimizer) == (large.parameters, large.optimizer)
+            assert small.accumulation == 4 * large.accumulation
+    assert rows["a", "ddp", 4].optimizer < rows["b", "ddp", 4].optimizer < rows["c", "ddp", 4].optimizer
+    more = Planner(load_config(config_file), CLASSES, 8, 80_000_000_000, "cuda")
+    strategy = next(strategy for strategy in more.strategies if strategy.name == "zero3")
+    assert more.row("c", strategy, 2).optimizer < rows["c", "zero3", 2].optimizer
+
+
+def test_fp16_is_not_planned_where_training_refuses_it(config_file: Path) -> None:
+    """Catches: a recommendation that DeepSpeed's fp16 makes wrong."""
+    config = load_config(config_file, ["train.precision=fp16"])
+    assert [strategy.name for strategy in Planner(config, CLASSES, 2, 1, "cuda").strategies] == ["ddp"]
+
+
+def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: figures that scripts can't read, a line that can't be typed, a fit that is none and exits with 0."""
+    command = ["plan", "--config", str(config_file), "--gpus", "2"]
+    assert cli.main([*command, "--gpu-memory", "24", "--json", "train.micro_batch_size=2"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["run"]["launch"] == "ddp"
+    assert found["run"]["micro_batch"] == 8
+    assert found["memory"] == 24_000_000_000
+    assert found["classes"] == CLASSES, "the data is there: its own labels count"
+    assert len(found["rows"]) == 3 * 6 * 4
+    assert all(isinstance(row["peak"], int) and row["peak"] > row["parameters"] for row in found["rows"])
+
+    assert cli.main([*command, "--gpu-memory", "24", "train.micro_batch_size=2", "data.train_csv=none.csv"]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("  accelerate launch"))
+    assert shlex.split(line)[-3:] == [str(config_file), "data.train_csv=none.csv", "train.micro_batch_size=8"]
+    assert "launch/accelerate/ddp.yaml train.py" in line
+    assert "100 for type" in said
+
+    command[-1] = "1"
+    assert cli.main([*command, "--gpu-memory", "0.5"]) == 3
+    assert "no launch file" in capsys.readouterr().out
+    assert cli.main([*command, "--gpu-memory", "4"]) == 0
+    assert "single_gpu.yaml train.py" in capsys.readouterr().out
+
+
+def test_number_of_processes_is_named(planner: Planner, config_file: Path) -> None:
+    """Catches: a command that starts 2 processes where 4 were planned."""
+    lines = advice(plan(planner, 80_000_000_000), str(config_file), [])
+    assert lines[0] == "all phases: ddp, micro batch 4"
+    assert "--num_processes 4 train.py" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "0", "--gpu-memory", "80"], "--gpus 0"),
+        (["--gpus", "2", "--gpu-memory", "0"], "--gpu-memory 0"),
+        (["--gpus", "2", "--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["--gpus", "3", "--gpu-memory", "80"], "does not divide"),
+        (["--gpus", "2", "--gpu-memory", "80", "phases.1.trainable=[nothing*]"], "phases.1.trainable"),
+        (["--gpus", "2", "--gpu-memory", "80", "model.fusion=glue"], "model.fusion"),
+    ],
+)
+def test_impossible_questions(
+    config_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    """Catches: a stack trace, or an answer, where the question can't be meant."""
+    assert cli.main(["plan", "--config", str(config_file), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: a stack trace for a wrong path."""
+    assert cli.main(["plan", "--config", "nowhere.yaml", "--gpus", "2", "--gpu-memory", "80"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_fit(tiny_config: Callable[..., Path]) -> None:
+    """Catches: a config that does not fit and is told that it does, or is sent to a micro batch that fits neither."""
+    config = load_config(tiny_config())
+    roomy = fit(config, 2, 80_000_000_000, "cuda")
+    assert (roomy.fits, roomy.launch, roomy.micro_batch, roomy.phase) == (True, "ddp", 8, "c")
+    tight = fit(config, 2, roomy.bytes - 1, "cuda", launch="ddp")
+    assert not tight.fits
+    assert 0 < tight.micro_batch < 8
+    assert tight.bytes == roomy.bytes
+    assert fit(config, 2, 1, "cuda").micro_batch == 0
+
+
+def test_the_command_line_stays_quick() -> None:
+    """Catches: torch imported by every command, for one that needs it."""
+    code = "import sys, hybrid_dist.cli as cli; cli.build_parser(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), timeout=60, check=False)
+    assert done.returncode == 0
