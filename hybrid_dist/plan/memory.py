@@ -184,11 +184,12 @@ class Process:
         """
         waiting = dict.fromkeys(self._kinds(), 0)
         full = 0
+        beside = np.append(series, series[-1])  # a gradient may come after the last operation
         for operation, index in self.timeline.trace.gradients:
             parameter = self.parameters[index]
             low = self._low(parameter)
             if waiting[low] and waiting[low] + parameter.numel > self.buffers.bucket:
-                yield "reduction", held + series[operation] + full + self._copies(waiting[low], low)
+                yield "reduction", held + beside[operation] + full + self._copies(waiting[low], low)
                 waiting[low], full = 0, kept
             waiting[low] += parameter.numel
         for low, elements in waiting.items():

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from hybrid_dist import cli
 from hybrid_dist.config import load_config
+from hybrid_dist.distributed import tuning
 from hybrid_dist.plan import Plan, Planner, fit
 from hybrid_dist.plan.table import advice
 from tests.conftest import ROOT, environment, tiny_values
@@ -78,6 +79,19 @@ def test_what_grows_with_what(planner: Planner, config_file: Path) -> None:
     more = Planner(load_config(config_file), CLASSES, 8, 80_000_000_000, "cuda")
     strategy = next(strategy for strategy in more.strategies if strategy.name == "zero3")
     assert more.row("c", strategy, 2).optimizer < rows["c", "zero3", 2].optimizer
+
+
+def test_the_smallest_buckets(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a bucket that fills with the last gradient, after the last operation; buckets not set as in training."""
+    planner = Planner(load_config(config_file), CLASSES, 4, 1, "cuda")
+    usual = [planner.row("c", strategy, 4).buckets for strategy in planner.strategies]
+    monkeypatch.setattr(tuning, "FEWEST_IN_A_BUCKET", 1)
+    monkeypatch.setattr(tuning, "BUCKETS", 1_000_000)
+    for strategy, before in zip(planner.strategies, usual, strict=True):
+        row = planner.row("c", strategy, 4)
+        assert row.buckets <= before
+        assert (row.buckets > 0) == (row.launch != "ddp")
+        assert row.peak - row.workspace >= row.parameters + row.optimizer
 
 
 def test_fp16_is_not_planned_where_training_refuses_it(config_file: Path) -> None:
