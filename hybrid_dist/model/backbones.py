@@ -57,10 +57,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.width, self.token_width = probe(part, config, image_size)
         self.net = _create(part, config, image_size)
-        cfg = self.net.pretrained_cfg
         # Not persistent: they follow from the backbone's name, a checkpoint holds what was learned.
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
+        for name, values in normalisation(config).items():
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.frozen = False
         self.train()
 
@@ -125,6 +124,25 @@ def probe(part: str, config: BranchConfig, image_size: int) -> tuple[int, int]:
     return features.pooled.shape[1], features.tokens.shape[2]
 
 
+def normalisation(config: BranchConfig) -> dict[str, list[float]]:
+    """`mean` and `std` by channel, of pixels in 0–1, that timm says the backbone wants."""
+    cfg = resolve_cfg(config)
+    return {"mean": list(cfg.mean), "std": list(cfg.std)}
+
+
+def pretrained_licence(config: BranchConfig) -> str | None:
+    """The licence of the hub's weights, as far as timm knows it."""
+    licence: str | None = getattr(resolve_cfg(config), "license", None)
+    return licence
+
+
+def sized_kwargs(config: BranchConfig, image_size: int) -> dict[str, Any]:
+    """The kwargs with the picture's size, where the model takes one."""
+    if resolve_cfg(config).fixed_input_size:  # timm's sign that it does
+        return {"img_size": image_size, **config.kwargs}
+    return dict(config.kwargs)
+
+
 def _create(part: str, config: BranchConfig, image_size: int) -> Any:
     """timm's model, with random weights and no classifier."""
     check_name(part, config.name)
@@ -133,10 +151,8 @@ def _create(part: str, config: BranchConfig, image_size: int) -> Any:
             raise UserError(f"model.{part}.kwargs.{name}: not to be set here; {RESERVED_KWARGS[name]}")
     if config.kwargs.get("in_chans", 3) != 3:
         raise UserError(f"model.{part}.kwargs.in_chans: pictures have 3 channels, got {config.kwargs['in_chans']}")
-    kwargs = {name: _tuples(value) for name, value in config.kwargs.items()}
+    kwargs = {name: _tuples(value) for name, value in sized_kwargs(config, image_size).items()}
     try:
-        if resolve_cfg(config).fixed_input_size:  # timm's sign that the model takes an img_size
-            kwargs.setdefault("img_size", image_size)
         return timm.create_model(config.name, pretrained=False, num_classes=0, **kwargs)
     except Exception as error:  # what timm and its layers raise for a bad argument has no common class
         raise UserError(
