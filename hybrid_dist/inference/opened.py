@@ -67,8 +67,9 @@ class OpenedModel:
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, S, S), RGB, on the device → task → logits (B, K), by its temperature, or scores (B,), fp32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            outputs = self.model(images)
-        return tempered(outputs, self.description.temperature)
+            fused = self.model.get_features(images)["fused"]
+        # Heads compute in fp32 in any case: each leaving autocast for itself would take longer.
+        return tempered(self.model.answer(fused), self.description.temperature)
 
     def loader(
         self,
@@ -124,8 +125,7 @@ def build(found: FoundModel) -> Hybrid:
         raise UserError(f"{found.weights}: can't be read: {error}") from None
     for part, branch in model.branches().items():
         values = description.preprocessing.normalise[part]  # type: ignore[index]
-        branch.mean.copy_(torch.tensor(values.mean).view(1, 3, 1, 1))
-        branch.std.copy_(torch.tensor(values.std).view(1, 3, 1, 1))
+        branch.normalise_by(values.mean, values.std)
     return model
 
 

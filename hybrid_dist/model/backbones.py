@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -47,6 +48,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, part: str, config: BranchConfig, image_size: int) -> None:
         """Build with random weights; `part` (cnn, transformer) names the branch in messages.
@@ -58,10 +61,18 @@ class Backbone(nn.Module):
         self.width, self.token_width = probe(part, config, image_size)
         self.net = _create(part, config, image_size)
         # Not persistent: they follow from the backbone's name, a checkpoint holds what was learned.
-        for name, values in normalisation(config).items():
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        for name in ("mean", "std", "scale", "shift"):
+            self.register_buffer(name, torch.empty(1, 3, 1, 1), persistent=False)
+        self.normalise_by(**normalisation(config))
         self.frozen = False
         self.train()
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take other values, by channel, of pixels in 0–1, than timm's."""
+        self.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
+        self.scale.copy_(1 / (255 * self.std))
+        self.shift.copy_(-self.mean / self.std)
 
     def forward(self, images: Tensor) -> Features:
         """uint8 (B, 3, H, W), RGB → pooled (B, C) and tokens (B, N, D)."""
@@ -73,7 +84,11 @@ class Backbone(nn.Module):
     def _features(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8:
             raise ValueError(f"pictures are uint8, 0 to 255, got {images.dtype}")
-        return extract(self.net, (images.float() / 255 - self.mean) / self.std)
+        return extract(self.net, self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (images / 255 − mean) / std, fp32, in one pass over the pixels."""
+        return torch.addcmul(self.shift, images.float(), self.scale)
 
     def train(self, mode: bool = True) -> Backbone:
         """As for any module, except that a frozen branch and batch norms stay in eval mode."""
