@@ -48,24 +48,21 @@ def predict(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Judge a model by a labelled CSV, with validation's metrics. Under accelerate launch or torchrun each process
     takes its share: -m hybrid_dist.cli evaluate …"""
-    from hybrid_dist.distributed import leave, start
+    from hybrid_dist.distributed import leave, meet
     from hybrid_dist.inference.evaluate import Wish
     from hybrid_dist.inference.evaluate import evaluate as run
-    from hybrid_dist.inference.outputs import check_folder_of
 
-    if arguments.out is not None:
-        check_folder_of(arguments.out)
     overrides = tuple(arguments.overrides)
     wish = Wish(arguments.model, arguments.csv, arguments.images, arguments.flip, overrides, arguments.out)
-    topology = start("fp32", None)  # the model's precision is its own matter
+    place = meet()
     try:
-        with bar("evaluating", quiet=not topology.is_main) as tell:
-            found = run(wish, topology, _say if topology.is_main else lambda text: None, tell)
+        with bar("evaluating", quiet=not place.is_main) as tell:
+            found = run(wish, place, _say if place.is_main else lambda text: None, tell)
     finally:
         leave()
-    if topology.is_main and arguments.json:
+    if place.is_main and arguments.json:
         print(json.dumps(found.to_json(), indent=1))
-    elif topology.is_main:
+    elif place.is_main:
         _print_evaluation(found)
     return 0
 

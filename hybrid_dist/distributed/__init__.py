@@ -3,7 +3,7 @@
 from hybrid_dist.distributed.agreement import agree, decide
 from hybrid_dist.distributed.control import Control
 from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece
-from hybrid_dist.distributed.launch import Topology, leave, start
+from hybrid_dist.distributed.launch import Place, Topology, leave, meet, start
 from hybrid_dist.distributed.make import make_engine
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "Engine",
     "OptimizerSlice",
     "Piece",
+    "Place",
     "Topology",
     "agree",
     "decide",
     "leave",
     "make_engine",
+    "meet",
     "start",
 ]

@@ -20,20 +20,49 @@ MOST_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Topology:
+class Place:
     """Where this process stands among the others."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
-    label: str
-    accelerator: Accelerator
     control: Control
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Topology(Place):
+    """A place in training, with what Accelerate makes of the launch."""
+
+    label: str
+    accelerator: Accelerator
+
+
+def meet() -> Place:
+    """Join the other processes, if there are any, for work that needs nothing of each other but facts.
+
+    Each holds a whole model: whatever launch file started them, no engine takes it apart.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(key, default)) for key, default in _LAUNCHED)
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=MOST_PATIENCE)
+    device = torch.device("cuda", local_rank) if _has_cuda() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    control = Control(rank, world_size, MOST_PATIENCE)
+    return Place(rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, control)
+
+
+_LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _has_cuda() -> bool:
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    return torch.cuda.is_available() and not asked_for_cpu
 
 
 def start(precision: str, stall_timeout: float | None) -> Topology:
@@ -46,8 +75,7 @@ def start(precision: str, stall_timeout: float | None) -> Topology:
     Raises:
         UserError: the device can't do the precision.
     """
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    has_cuda = torch.cuda.is_available() and not asked_for_cpu
+    has_cuda = _has_cuda()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _check_precision(precision, has_cuda)
     patience = _patience(stall_timeout)

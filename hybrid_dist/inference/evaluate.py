@@ -15,12 +15,13 @@ from hybrid_dist.data.annotations import Table, check_pictures, describe_unseen,
 from hybrid_dist.data.dataset import Batch
 from hybrid_dist.data.packed import choose_packed
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, agree, decide
+from hybrid_dist.distributed import Place, agree, decide
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.inference.found import FoundModel, find_model
 from hybrid_dist.inference.inputs import images_beside
 from hybrid_dist.inference.opened import OpenedModel, open_model
+from hybrid_dist.inference.outputs import check_folder_of
 from hybrid_dist.training.tasks import Metrics, Task
 from hybrid_dist.training.validate import Validated, gather, judge, metrics_of, predictions_csv
 
@@ -71,9 +72,7 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(
-    wish: Wish, topology: Topology, say: Callable[[str], None], tell: Callable[[int, int], None]
-) -> Evaluation:
+def evaluate(wish: Wish, place: Place, say: Callable[[str], None], tell: Callable[[int, int], None]) -> Evaluation:
     """Each process takes its share of the pictures; all together.
 
     Args:
@@ -83,9 +82,10 @@ def evaluate(
     Raises:
         UserError: the model, the CSV or too many pictures can't be used; the same on all ranks.
     """
-    found, config = agree(topology, lambda: _find(wish))
-    table = agree(topology, lambda: _table(found, config))
-    opened = agree(topology, lambda: open_model(found, topology.device, config.train.precision))
+    decide(place, lambda: check_folder_of(wish.out))
+    found, config = agree(place, lambda: _find(wish))
+    table = agree(place, lambda: _table(found, config))
+    opened = agree(place, lambda: open_model(found, place.device, config.train.precision))
     for text in (found.note, *(f"warning: {line}" for line in describe_unseen(table.unseen))):
         say(text)
     forward = mirrored(opened.forward, opened.tasks) if wish.flip else opened.forward
@@ -94,22 +94,22 @@ def evaluate(
 
     def tick(samples: int) -> None:
         nonlocal seen
-        seen += samples * topology.world_size
+        seen += samples * place.world_size
         tell(min(seen, total), total)
 
-    batches = agree(topology, lambda: _batches(opened, table, config, topology, say))
+    batches = agree(place, lambda: _batches(opened, table, config, place, say))
     # What stops one rank's loader is told to the others before they meet.
-    parts = agree(topology, lambda: judge(forward, opened.tasks, _noting(batches, bad), topology.device, tick))
-    result = gather(parts, opened.tasks, topology.control)
-    everyone = topology.control.to_main(bad)
+    parts = agree(place, lambda: judge(forward, opened.tasks, _noting(batches, bad), place.device, tick))
+    result = gather(parts, opened.tasks, place.control)
+    everyone = place.control.to_main(bad)
 
     def conclude() -> Evaluation:
         assert result is not None and everyone is not None  # rank 0
         unusable = {row: reason for part in everyone for row, reason in part.items()}
         _check_bad(table, unusable, config.data.max_bad, say)
-        return _conclude(wish, opened, table, result, len(unusable), topology)
+        return _conclude(wish, opened, table, result, len(unusable), place)
 
-    return decide(topology, conclude)
+    return decide(place, conclude)
 
 
 def mirrored(
@@ -179,7 +179,7 @@ def _no_labels(task: TaskConfig, rows: int) -> np.ndarray:
 
 
 def _batches(
-    opened: OpenedModel, table: Table, config: Config, topology: Topology, say: Callable[[str], None]
+    opened: OpenedModel, table: Table, config: Config, place: Place, say: Callable[[str], None]
 ) -> Iterable[Batch]:
     data, source = config.data, Source(config.data.val_images)
     # A copy holds the same pictures to the bit: it does not matter which of the ranks has one.
@@ -188,8 +188,8 @@ def _batches(
         missing = check_pictures(table, data.max_bad)
         if missing is not None:
             say(f"warning: {missing}")
-    place = (topology.rank, topology.world_size, topology.local_world_size)
-    return opened.loader(table, config.train.micro_batch_size, data.workers, place, packed)
+    ranks = (place.rank, place.world_size, place.local_world_size)
+    return opened.loader(table, config.train.micro_batch_size, data.workers, ranks, packed)
 
 
 def _noting(batches: Iterable[Batch], bad: dict[int, str]) -> Iterator[Batch]:
@@ -211,7 +211,7 @@ def _check_bad(table: Table, unusable: Mapping[int, str], max_bad: float, say: C
 
 
 def _conclude(
-    wish: Wish, opened: OpenedModel, table: Table, result: Validated, unusable: int, topology: Topology
+    wish: Wish, opened: OpenedModel, table: Table, result: Validated, unusable: int, place: Place
 ) -> Evaluation:
     if wish.out is not None:
         names = [table.filename(int(row)) for row in result.rows]
@@ -221,6 +221,6 @@ def _conclude(
             raise UserError(f"{wish.out}: can't be written: {error.strerror}") from None
     return Evaluation(
         model=str(wish.model), csv=str(table.csv), images=str(table.images), pictures=len(result.rows),
-        unusable=unusable, flip=wish.flip, precision=opened.precision, processes=topology.world_size,
+        unusable=unusable, flip=wish.flip, precision=opened.precision, processes=place.world_size,
         metrics=metrics_of(result, opened.tasks),
     )  # fmt: skip

@@ -76,15 +76,15 @@ class OpenedModel:
         table: Table,
         batch_size: int,
         workers: Literal["auto"] | int,
-        place: tuple[int, int, int] = (0, 1, 1),
+        ranks: tuple[int, int, int] = (0, 1, 1),
         packed: Packed | None = None,
     ) -> BatchLoader:
         """A table's pictures in row order, as validation sees them.
 
         Args:
-            place: Rank, number of processes, and of those on this machine.
+            ranks: This one, how many there are, and how many on this machine.
         """
-        rank, world_size, local = place
+        rank, world_size, local = ranks
         samples = Samples(table, self.fit, 0, "inference", packed=packed)
         order = ValSampler(len(table), batch_size, rank, world_size)
         return make_loader(samples, order, resolve_workers(workers, local), self.device.type == "cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -113,8 +114,10 @@ def check_out(out: Path | None) -> None:
     check_folder_of(out)
 
 
-def check_folder_of(out: Path) -> None:
+def check_folder_of(out: Path | None) -> None:
     """Raises UserError where `--out` can't be a file."""
+    if out is None:
+        return
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir():
@@ -129,7 +132,10 @@ def open_writer(out: Path | None) -> Iterator[Writer]:
         UserError: it can't be written.
     """
     if out is None:
-        yield LinesWriter(sys.stdout)
+        try:
+            yield LinesWriter(sys.stdout)
+        except BrokenPipeError:  # whoever reads has enough; Python shall not try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         with whole_file(out) as beside:
