@@ -73,32 +73,32 @@ def _of_csv(csv: Path, images: Path | None) -> Table:
     return table
 
 
-def _of_path(path: str) -> list[str]:
-    if os.path.isdir(path):  # noqa: PTH112 (a name may be no text)
-        found = sorted(_in_folder(path))
+def _of_path(text: str) -> list[str]:
+    path = Path(text)
+    if path.is_dir():
+        found = sorted(map(str, _in_folder(path)))
         if not found:
-            raise UserError(f"{path}: there is no picture in this folder or below ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{text}: there is no picture in this folder or below ({', '.join(sorted(SUFFIXES))})")
         return found
-    if os.path.isfile(path):  # noqa: PTH113
-        return [path]
-    if os.path.lexists(path) or not glob.has_magic(path):
+    if path.is_file():
+        return [text]
+    if os.path.lexists(path) or not glob.has_magic(text):
         what = "is no file" if os.path.lexists(path) else "there is no such file or folder"
-        raise UserError(f"{path}: {what}; pictures, folders, patterns or a CSV would do")
-    found = [name for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]  # noqa: PTH113, PTH207
+        raise UserError(f"{text}: {what}; pictures, folders, patterns or a CSV would do")
+    found = [name for name in sorted(glob.glob(text, recursive=True)) if Path(name).is_file()]  # noqa: PTH207 (any root)
     if not found:
-        raise UserError(f"{path}: no file is called like that")
+        raise UserError(f"{text}: no file is called like that")
     return found
 
 
-def _in_folder(folder: str) -> Iterator[str]:
+def _in_folder(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: can't be read: {error.strerror}")
 
     for here, below, names in os.walk(folder, onerror=refuse):
         below[:] = [name for name in below if not name.startswith(".")]
-        for name in names:
-            file = os.path.join(here, name)  # noqa: PTH118
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".") and os.path.isfile(file):  # noqa: PTH113, PTH122
+        for file in (Path(here, name) for name in names if not name.startswith(".")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
                 yield file
 
 

@@ -97,6 +97,13 @@ def test_what_may_go_in(photos: Path, tmp_path: Path, call: Call, monkeypatch: p
         assert [row["filename"] for row in rows] == names
         assert {row["error"] for row in rows} == {None}
 
+    (photos / os.fsdecode(b"\xff.jpg")).write_bytes((photos / "b.jpg").read_bytes())
+    code, said, heard = call("predict", model, "photos", "--workers", 0)
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert [(row["filename"], bool(row["error"])) for row in rows if "udcff" in row["filename"]] == [
+        ("photos/\\udcff.jpg", True)
+    ]
+
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty").mkdir()
     refused: list[tuple[list[object], str]] = [
@@ -182,6 +189,18 @@ def test_python(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(hybrid_dist.errors.UserError, match="list"):
         predictor.predict(str(path))
     assert predictor.predict([]) == []
+
+
+def test_no_unpickler(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: anything between a model's folder and its answers that could be made to run code."""
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("a pickle is loaded")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    (row,) = hybrid_dist.load(write_model(tmp_path / "model")).predict([photos / "a.PNG"])
+    assert row["error"] is None
 
 
 def test_temperature(photos: Path, tmp_path: Path) -> None:
