@@ -134,8 +134,10 @@ def open_writer(out: Path | None) -> Iterator[Writer]:
     if out is None:
         try:
             yield LinesWriter(sys.stdout)
-        except BrokenPipeError:  # whoever reads has enough; Python shall not try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
+            if not isinstance(error, BrokenPipeError):  # then whoever reads has enough
+                raise UserError(f"standard output: can't be written: {error.strerror}") from None
         return
     try:
         with whole_file(out) as beside:

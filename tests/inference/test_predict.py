@@ -328,6 +328,19 @@ def test_nothing_half_written(
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 
+@pytest.mark.parametrize(("redirect", "code"), [("| head -n 1", 0), ("> /dev/full", 2)])
+def test_standard_output(redirect: str, code: int, model: Path, photos: Path) -> None:
+    """Catches: a traceback where nobody reads on, or nothing can be written."""
+    command = f"{sys.executable} -m hybrid_dist.cli predict {model} {photos} --batch-size 1 --workers 0 {redirect}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert len(done.stdout.splitlines()) == (1 if code == 0 else 0)
+
+
 def test_interrupted_from_a_terminal(model: Path, photos: Path, tmp_path: Path) -> None:
     """Catches: loader processes that Ctrl-C leaves behind, a traceback, or half a file."""
     write_rows(photos / "list.csv", [{"filename": "b.jpg"}] * 200_000)
