@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
+from hybrid_dist.commands import model
+from hybrid_dist.commands.bar import bar
 from hybrid_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def synth(arguments: argparse.Namespace) -> int:
     if is_rendered(arguments.out, arguments.train, arguments.val, arguments.seed):
         print(f"{arguments.out}: its {total} pictures are there already")
         return 0
-    with _bar("rendering") as tell:
+    with bar("rendering") as tell:
         render_dataset(
             arguments.out, arguments.train, arguments.val, arguments.seed,
             workers=arguments.workers, progress=lambda done: tell(done, total),
@@ -39,24 +41,11 @@ def synth(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _bar(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, to be told how many are done and of how many."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def import_fgvc(arguments: argparse.Namespace) -> int:
     """Bring FGVC-Aircraft into the project's format: crops by box, without the banner."""
     from hybrid_dist.data import fgvc
 
-    with _bar("cropping") as tell:
+    with bar("cropping") as tell:
         imported = fgvc.import_fgvc(
             arguments.root, arguments.out, arguments.level, arguments.margin, arguments.train, arguments.val,
             workers=arguments.workers, progress=tell,
@@ -69,7 +58,7 @@ def import_folder(arguments: argparse.Namespace) -> int:
     """Bring a folder of class folders into the project's format: pictures stay as they are, by hard link or copy."""
     from hybrid_dist.data import folder
 
-    with _bar("linking") as tell:
+    with bar("linking") as tell:
         imported = folder.import_folder(arguments.root, arguments.out, arguments.val, arguments.seed, progress=tell)
     _describe_import(arguments.out, imported)
     return 0
@@ -100,7 +89,7 @@ def pack(arguments: argparse.Namespace) -> int:
     from hybrid_dist.data.pack import pack_splits
 
     config = load_config(arguments.config, arguments.overrides)
-    with _bar("packing") as tell:
+    with bar("packing") as tell:
         packed = pack_splits(config.data, config.tasks, lambda text: print(text, file=sys.stderr), tell)
     too_many = [split for split in packed if split.bad > config.data.max_bad * split.pictures]
     for split in packed:
@@ -162,7 +151,7 @@ def check_data(arguments: argparse.Namespace) -> int:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
     if arguments.html and not arguments.html.absolute().parent.is_dir():
         raise UserError(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
-    with _bar("decoding pictures") as tell:
+    with bar("decoding pictures") as tell:
         check = check_data(config, arguments.workers, tell)
     if arguments.html:
         from hybrid_dist.report.data_page import write_page
@@ -292,6 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=checkpoints)
     _add_plan(commands)
     _add_check_data(commands)
+    model.add(commands)
     _add_bench(commands)
     return parser
 
@@ -374,15 +364,33 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="plain values on standard output")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
     command.set_defaults(run=bench_checkpoint)
+    model.add_bench(benches)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but `key=value` may stand behind an option, too."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    strange = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(arguments, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 the user's to fix, 3 a check did not hold, 130 by Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
-        print(f"hybrid-dist: {error}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"hybrid-dist: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -243,22 +243,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file can't be read, or a key or value is refused; names the file, the key and what would do.
     """
-    values = _read_yaml(Path(path))
+    return parse_config(_read_yaml(Path(path)), str(path), overrides)
+
+
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply `key.path=value` to plain values, as they stand in YAML, and check them; `source` names them in messages.
+
+    Raises:
+        UserError: a key or value is refused.
+    """
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, str(path))
-
-
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Check plain values, as they stand in YAML; `source` names them in messages."""
     try:
         # JSON mode: strict on types, yet a list in YAML may stand for a tuple.
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(entry) for entry in error.errors()]
-        raise UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+        raise explain(error, source, Config) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def explain(error: ValidationError, source: str, model: type[BaseModel]) -> UserError:
+    """What pydantic found wrong with the values of a `model`, a line each; `source` names the file."""
+    lines = [_explain(entry, model) for entry in error.errors()]
+    return UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -313,11 +321,11 @@ def _index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _explain(entry: Any) -> str:
+def _explain(entry: Any, model: type[BaseModel]) -> str:
     """One line for one of pydantic's errors."""
     location = [str(part) for part in entry["loc"]]
-    section, valid = _valid_keys(location)
-    key = ".".join(location) or "config"
+    section, valid = _valid_keys(location, model)
+    key = ".".join(location) or model.__name__.lower()
     if entry["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], valid, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
@@ -330,15 +338,15 @@ def _explain(entry: Any) -> str:
     return f"{key}: {message[0].lower() + message[1:]}{got}"
 
 
-def _valid_keys(location: Sequence[str]) -> tuple[str, list[str]]:
-    """The section that the key at `location` stands in, and the keys that it has."""
-    model: type[BaseModel] = Config
+def _valid_keys(location: Sequence[str], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """The section of `model` that the key at `location` stands in, and the keys that it has."""
+    top = model.__name__.lower()
     for part in location[:-1]:
         found = _section_type(model, part)
         if found is None:
             continue
         model = found
-    name = ".".join(location[:-1]) or "a config"
+    name = ".".join(location[:-1]) or f"a {top}"
     return name, list(model.model_fields)
 
 

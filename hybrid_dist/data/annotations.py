@@ -203,6 +203,20 @@ def _read_table(
     return _build(sheet, images, maps, training=False), maps
 
 
+def tasks_in(csv: Path, tasks: Mapping[str, TaskConfig]) -> dict[str, TaskConfig]:
+    """Those of the tasks that the CSV has a column for.
+
+    Raises:
+        UserError: there is no CSV, or it has none for any of them.
+    """
+    header = _read_header(csv)
+    found = {name: task for name, task in tasks.items() if set(_columns_of(task)) & set(header)}
+    if not found:
+        wanted = ", ".join(column for task in tasks.values() for column in _columns_of(task))
+        raise UserError(f"{csv}: no column for any task ({wanted}); there are {', '.join(header)}")
+    return found
+
+
 def survey_training(csv: Path, images: Path, tasks: Mapping[str, TaskConfig]) -> Survey:
     """As `read_training`, but never raises a UserError: what is wrong is told with what can be read all the same."""
     problems = Problems(csv, collect=True)
@@ -440,8 +454,7 @@ def _needed(
     needed = {"filename": None}
     found: dict[str, TaskConfig] = {}
     for name, task in tasks.items():
-        columns = label_columns(task.column)
-        either = [columns.name, columns.id] if task.kind == "classification" and columns.id else [task.column]
+        either = _columns_of(task)
         present = [column for column in either if column in header]
         if present:
             found[name] = task
@@ -450,6 +463,12 @@ def _needed(
             error = f"{csv}: no column {' or '.join(either)} for task {name}; there are {', '.join(header)}"
             problems.refuse("column", UserError(error))
     return list(needed), found
+
+
+def _columns_of(task: TaskConfig) -> list[str]:
+    """The columns that a task's labels may stand in."""
+    columns = label_columns(task.column)
+    return [columns.name, columns.id] if task.kind == "classification" and columns.id else [task.column]
 
 
 def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig], problems: Problems) -> _Sheet:

@@ -14,13 +14,13 @@ from hybrid_dist.data.output import (
     Imported,
     check_whole_number,
     in_order,
-    new_dataset,
     write_annotations,
     write_classes,
     write_jpeg,
 )
 from hybrid_dist.data.pictures import PictureError, read_picture
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import new_folder
 
 LEVELS = {"variant": "variants.txt", "family": "families.txt", "manufacturer": "manufacturers.txt"}
 """What a class may be, and the file that lists the classes."""
@@ -93,7 +93,7 @@ def import_fgvc(
     """
     _check_request(level, margin, train, val)
     check_whole_number("workers", workers, least=1)
-    with new_dataset(out) as folder:
+    with new_folder(out) as folder:
         data = _find_data(root)
         classes = _read_classes(data / LEVELS[level])
         names = tuple(classes)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid_dist.data.annotations import filename_problem
-from hybrid_dist.data.output import Imported, check_whole_number, new_dataset, write_annotations, write_classes
+from hybrid_dist.data.output import Imported, check_whole_number, write_annotations, write_classes
 from hybrid_dist.data.pictures import SUFFIXES
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import new_folder
 
 SPLITS = ("train", "val")
 VAL = 0.2
@@ -76,7 +77,7 @@ def import_folder(
         raise UserError(f"{root}: no such folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{out} lies in {root}, where the next import would take it for a class; name another place")
-    with new_dataset(out) as folder:
+    with new_folder(out) as folder:
         given = all((root / split).is_dir() for split in SPLITS)
         if given and val is not None:
             raise UserError(f"{root} has folders train and val, so there is nothing to draw; leave --val out")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -38,46 +37,6 @@ class Imported:
     counts: dict[str, int]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-
-
-@contextmanager
-def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to write into: it is renamed to `out` at the end, and removed after any error.
-
-    Raises:
-        OSError: no room, no permission, or at the end something else stands at `out` by now.
-    """
-    out = Path(out).resolve()
-    above = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays on one file system.
-    building = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir()
-        yield building
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        for folder in above:
-            with suppress(OSError):  # not empty: it holds `out`
-                folder.rmdir()
-
-
-@contextmanager
-def new_dataset(out: Path) -> Iterator[Path]:
-    """As `whole_or_nothing`, for what must not be there yet.
-
-    Raises:
-        UserError: `out` exists, or can't be written.
-    """
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already; name a folder that does not, or delete it")
-    try:
-        with whole_or_nothing(out) as building:
-            yield building
-    except OSError as error:
-        raise UserError(f"{out}: can't be written: {error.strerror or error}") from error
 
 
 def write_annotations(folder: Path, split: str, rows: Iterable[Mapping[str, object]]) -> None:

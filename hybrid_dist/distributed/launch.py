@@ -28,22 +28,49 @@ MOST_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Topology:
+class Place:
     """Where this process stands among the others."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
-    label: str
-    accelerator: Accelerator
     control: Control
-    zero: dict[str, Any]
-    """What the launch file says of ZeRO; empty without DeepSpeed."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Topology(Place):
+    """A place in training, with what Accelerate makes of the launch."""
+
+    label: str
+    accelerator: Accelerator
+    zero: dict[str, Any]
+    """What the launch file says of ZeRO; empty without DeepSpeed."""
+
+
+def join() -> Place:
+    """Join the other processes, if there are any, for work that needs nothing of each other but facts.
+
+    Each holds a whole model: whatever launch file started them, no engine takes it apart.
+
+    Raises:
+        UserError: there are fewer GPUs than processes; not all ranks have come, or they differ in their versions.
+    """
+    has_cuda = _has_cuda()
+    _meet(has_cuda, _problem("fp32", has_cuda), {})
+    control = Control(0, 1)
+    if _under_launcher():
+        with connecting():
+            dist.init_process_group("gloo", timeout=MOST_PATIENCE)
+            control = Control(dist.get_rank(), dist.get_world_size(), MOST_PATIENCE)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    return Place(control.rank, control.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, control)
 
 
 def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] | None = None) -> Topology:
@@ -58,19 +85,26 @@ def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] |
         UserError: the device can't do the precision; there are fewer GPUs than processes; not all ranks have come, or
             they differ in their versions, launch file or `same`; the launch file contradicts itself.
     """
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    has_cuda = torch.cuda.is_available() and not asked_for_cpu
+    has_cuda = _has_cuda()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    problem = _problem(precision, has_cuda)
+    _meet(has_cuda, _problem(precision, has_cuda), same or {})
+    return _accelerate(precision, has_cuda, deepspeed, _patience(stall_timeout))
+
+
+def _has_cuda() -> bool:
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    return torch.cuda.is_available() and not asked_for_cpu
+
+
+def _meet(has_cuda: bool, problem: str | None, same: Mapping[str, Any]) -> None:
     if _under_launcher():
         choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        meet({**common_facts(has_cuda), **(same or {})}, problem)
+        meet({**common_facts(has_cuda), **same}, problem)
     elif problem is not None:
         raise UserError(problem, shared=True)
-    return _join(precision, has_cuda, deepspeed, _patience(stall_timeout))
 
 
-def _join(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) -> Topology:
+def _accelerate(precision: str, has_cuda: bool, deepspeed: bool, patience: timedelta) -> Topology:
     group = InitProcessGroupKwargs(backend=None if has_cuda else "gloo", timeout=patience)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     control = Control(0, 1)

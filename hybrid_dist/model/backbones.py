@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -47,6 +48,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, part: str, config: BranchConfig, image_size: int) -> None:
         """Build with random weights; `part` (cnn, transformer) names the branch in messages.
@@ -57,12 +60,19 @@ class Backbone(nn.Module):
         super().__init__()
         self.width, self.token_width = probe(part, config, image_size)
         self.net = _create(part, config, image_size)
-        cfg = self.net.pretrained_cfg
         # Not persistent: they follow from the backbone's name, a checkpoint holds what was learned.
-        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
+        for name in ("mean", "std", "scale", "shift"):
+            self.register_buffer(name, torch.empty(1, 3, 1, 1), persistent=False)
+        self.normalise_by(**normalisation(config))
         self.frozen = False
         self.train()
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take other values, by channel, of pixels in 0–1, than timm's."""
+        self.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
+        self.scale.copy_(1 / (255 * self.std))
+        self.shift.copy_(-self.mean / self.std)
 
     def forward(self, images: Tensor) -> Features:
         """uint8 (B, 3, H, W), RGB → pooled (B, C) and tokens (B, N, D)."""
@@ -74,7 +84,11 @@ class Backbone(nn.Module):
     def _features(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8:
             raise ValueError(f"pictures are uint8, 0 to 255, got {images.dtype}")
-        return extract(self.net, (images.float() / 255 - self.mean) / self.std)
+        return extract(self.net, self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) → (images / 255 − mean) / std, fp32, in one pass over the pixels."""
+        return torch.addcmul(self.shift, images.float(), self.scale)
 
     def train(self, mode: bool = True) -> Backbone:
         """As for any module, except that a frozen branch and batch norms stay in eval mode."""
@@ -125,6 +139,25 @@ def probe(part: str, config: BranchConfig, image_size: int) -> tuple[int, int]:
     return features.pooled.shape[1], features.tokens.shape[2]
 
 
+def normalisation(config: BranchConfig) -> dict[str, list[float]]:
+    """`mean` and `std` by channel, of pixels in 0–1, that timm says the backbone wants."""
+    cfg = resolve_cfg(config)
+    return {"mean": list(cfg.mean), "std": list(cfg.std)}
+
+
+def pretrained_licence(config: BranchConfig) -> str | None:
+    """The licence of the hub's weights, as far as timm knows it."""
+    licence: str | None = getattr(resolve_cfg(config), "license", None)
+    return licence
+
+
+def sized_kwargs(config: BranchConfig, image_size: int) -> dict[str, Any]:
+    """The kwargs with the picture's size, where the model takes one."""
+    if resolve_cfg(config).fixed_input_size:  # timm's sign that it does
+        return {"img_size": image_size, **config.kwargs}
+    return dict(config.kwargs)
+
+
 def _create(part: str, config: BranchConfig, image_size: int) -> Any:
     """timm's model, with random weights and no classifier."""
     check_name(part, config.name)
@@ -133,10 +166,8 @@ def _create(part: str, config: BranchConfig, image_size: int) -> Any:
             raise UserError(f"model.{part}.kwargs.{name}: not to be set here; {RESERVED_KWARGS[name]}")
     if config.kwargs.get("in_chans", 3) != 3:
         raise UserError(f"model.{part}.kwargs.in_chans: pictures have 3 channels, got {config.kwargs['in_chans']}")
-    kwargs = {name: _tuples(value) for name, value in config.kwargs.items()}
+    kwargs = {name: _tuples(value) for name, value in sized_kwargs(config, image_size).items()}
     try:
-        if resolve_cfg(config).fixed_input_size:  # timm's sign that the model takes an img_size
-            kwargs.setdefault("img_size", image_size)
         return timm.create_model(config.name, pretrained=False, num_classes=0, **kwargs)
     except Exception as error:  # what timm and its layers raise for a bad argument has no common class
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,13 @@ class Fusion(nn.Module, ABC):
 
     Attributes:
         out_features: width of what `forward` gives.
+        plain: `forward` for somebody without this module, on a model's card: lines of torch that make `fused` of the
+            branches' `pooled` (B, C), `maps`, their last feature maps as timm gives them, and `nets`, timm's models,
+            with `weights` by name and `linear(name, x)`, a layer of them.
     """
 
     out_features: int
+    plain: ClassVar[str]
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         """`widths` of the branches' pooled features, `token_widths` of their feature maps, in the branches' order."""
@@ -61,17 +65,28 @@ def find_fusion(name: str) -> type[Fusion]:
 
 
 def build_fusion(name: str, widths: Sequence[int], token_widths: Sequence[int]) -> Fusion:
-    """The fusion called `name`; with a single branch there is nothing to fuse, whatever the name.
+    """The fusion called `name`, as `fusion_class` has it.
+
+    Raises:
+        UserError: there is no such fusion.
+    """
+    return fusion_class(name, len(widths))(widths, token_widths)
+
+
+def fusion_class(name: str, branches: int) -> type[Fusion]:
+    """The class for so many branches: with a single one there is nothing to fuse, whatever the name.
 
     Raises:
         UserError: there is no such fusion.
     """
     cls = find_fusion(name)
-    return (Single if len(widths) == 1 else cls)(widths, token_widths)
+    return Single if branches == 1 else cls
 
 
 class Single(Fusion):
     """A single branch's pooled features as they are: (B, C) → (B, C). No parameters."""
+
+    plain = "fused = pooled[0]"
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         super().__init__(widths, token_widths)
@@ -86,6 +101,8 @@ class Single(Fusion):
 class Concat(Fusion):
     """Pooled features side by side: (B, C1), (B, C2) → (B, C1 + C2). No parameters."""
 
+    plain = "fused = torch.cat(pooled, dim=1)"
+
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         super().__init__(widths, token_widths)
         self.out_features = sum(widths)
@@ -93,6 +110,12 @@ class Concat(Fusion):
     def forward(self, pooled: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
         """(B, C1), (B, C2) → (B, C1 + C2)."""
         return torch.cat(list(pooled), dim=1)
+
+
+_PROJECTED = """\
+project = lambda i, x: linear(f"fusion.projections.{i}", x) if f"fusion.projections.{i}.weight" in weights else x
+first, second = project(0, pooled[0]), project(1, pooled[1])
+"""
 
 
 class Projected(Fusion):
@@ -115,6 +138,8 @@ class Add(Projected):
     No parameters where the widths are equal.
     """
 
+    plain = _PROJECTED + "fused = first + second"
+
     def forward(self, pooled: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
         """(B, C1), (B, C2) → (B, max(C1, C2))."""
         first, second = self.project(pooled)
@@ -129,6 +154,14 @@ class Attention(Projected):
     attention of Bahdanau et al. 2015 (arXiv:1409.0473), used for pooling as in Ilse et al. 2018 (arXiv:1802.04712).
     Each branch has a scorer of its own, their features not being alike. v starts at zero: the plain mean.
     """
+
+    plain = (
+        _PROJECTED
+        + """\
+score = lambda i, x: linear(f"fusion.scorers.{i}.2", linear(f"fusion.scorers.{i}.0", x).tanh())
+share = torch.cat([score(0, first), score(1, second)], dim=1).softmax(dim=1)
+fused = share[:, :1] * first + share[:, 1:] * second"""
+    )
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         super().__init__(widths, token_widths)
@@ -150,6 +183,13 @@ class Gated(Projected):
     of Arevalo et al. 2017 (arXiv:1702.01992), on features that are normalised already, so without its tanh. W and b
     start at zero: the plain mean.
     """
+
+    plain = (
+        _PROJECTED
+        + """\
+gate = linear("fusion.gate", torch.cat([first, second], dim=1)).sigmoid()
+fused = gate * first + (1 - gate) * second"""
+    )
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         super().__init__(widths, token_widths)
@@ -201,6 +241,24 @@ class CrossAttention(Fusion):
     t (B, N, D): the exchange of CrossViT (Chen et al. 2021, arXiv:2103.14899) between whole maps. As only the mean over
     places is used, adding to the pooled vector is the residual stream over tokens, pooled. Starts as `concat`.
     """
+
+    plain = """\
+def rows(net, x):  # → (B, N, D), without class tokens
+    if x.ndim == 3:
+        return x[:, getattr(net, "num_prefix_tokens", 0) :]
+    return x.flatten(1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else x.flatten(2).transpose(1, 2)
+
+def attend(name, asking, asked):
+    given = lambda end: (weights[f"{name}.norm_{end}.{kind}"] for kind in ("weight", "bias"))
+    norm = lambda end, x: F.layer_norm(x, x.shape[-1:], *given(end))
+    split = lambda end, x: linear(f"{name}.{end}", x).unflatten(2, (-1, 64)).transpose(1, 2)
+    asking, asked = norm("asking", asking), norm("asked", asked)
+    found = F.scaled_dot_product_attention(split("query", asking), split("key", asked), split("value", asked))
+    return linear(f"{name}.out", found.mean(dim=2).flatten(1))
+
+tokens = [rows(net, x) for net, x in zip(nets, maps)]
+first, second = attend("fusion.first", *tokens), attend("fusion.second", *reversed(tokens))
+fused = torch.cat([pooled[0] + first, pooled[1] + second], dim=1)"""
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         super().__init__(widths, token_widths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ HIDDEN = 64
 
 
 class Head(nn.Module):
-    """Base of all heads: (B, in_features) → the task's answer, fp32."""
+    """Base of all heads: (B, in_features) → the task's answer, fp32.
+
+    Attributes:
+        plain: `forward` for somebody without this module, on a model's card: an expression of `x` (B, in_features),
+            with `linear(name, x)`, a layer of the weights' file, and `head`, what its layers' names begin with.
+    """
+
+    plain: ClassVar[str]
 
     def __init__(self, in_features: int, classes: int, dropout: float) -> None:
         """`classes` is the number of labels; kinds without labels ignore it."""
@@ -56,6 +63,8 @@ class Linear32(nn.Linear):
 class Classification(Head):
     """Dropout and a linear layer: (B, in_features) → logits (B, classes), fp32."""
 
+    plain = 'linear(f"{head}.linear", x)'
+
     def __init__(self, in_features: int, classes: int, dropout: float) -> None:
         super().__init__(in_features, classes, dropout)
         self.linear = _start(Linear32(in_features, classes))
@@ -69,6 +78,8 @@ class Classification(Head):
 @register("regression")
 class Regression(Head):
     """Dropout, 64 hidden units, a sigmoid: (B, in_features) → scores (B,) from 0 to 1, fp32. Starts near 0.5."""
+
+    plain = 'linear(f"{head}.linear", linear(f"{head}.hidden", x).relu()).squeeze(1).sigmoid()'
 
     def __init__(self, in_features: int, classes: int, dropout: float) -> None:
         super().__init__(in_features, classes, dropout)

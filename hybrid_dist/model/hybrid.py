@@ -46,7 +46,10 @@ class Hybrid(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), RGB, any memory format → task → logits (B, K) or scores (B,), fp32."""
-        _, fused = self._fuse(images)
+        return self.answer(self._fuse(images)[1])
+
+    def answer(self, fused: Tensor) -> dict[str, Tensor]:
+        """(B, out_features), as `get_features` gives it → task → logits (B, K) or scores (B,), fp32."""
         return {name.removeprefix(HEAD_PREFIX): head(fused) for name, head in self.heads.items()}
 
     def get_features(self, images: Tensor) -> dict[str, Tensor]:

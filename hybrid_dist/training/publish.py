@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybrid_dist.checkpoint import MANIFEST, Damaged, Found, inspect
-from hybrid_dist.config import Config
-from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import sync, write_atomic
 
@@ -130,6 +128,9 @@ def _value_in(file: Path, key: str) -> Any:
 def publish_model(run: Path, phase: str, step: int | None, facts: dict[str, Any]) -> None:
     """`model/`: the last phase's best weights and, in model.json, all that it takes to use them.
 
+    Args:
+        facts: From `describe_model`.
+
     Raises:
         UserError: the best is not what was written.
     """
@@ -143,20 +144,9 @@ def publish_model(run: Path, phase: str, step: int | None, facts: dict[str, Any]
     if _sum_of(partial / "model.safetensors") != best["sha256"]:
         raise UserError(f"{partial / 'model.safetensors'} is not what was copied there; is the disk all right?")
     sync(partial / "model.safetensors")
-    described = {"format": "hybrid-dist/1", **facts, "phase": phase}
-    described |= best
+    described = {**facts, "phase": phase, **best}
     write_atomic(partial / "model.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     sync(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     sync(run)
-
-
-def describe_model(config: Config, class_maps: Mapping[str, ClassMap]) -> dict[str, Any]:
-    """model.json: architecture, tasks, label names and preprocessing."""
-    values = config.model_dump(mode="json")
-    return {
-        "architecture": {**values["model"], "image_size": config.data.image_size},
-        "tasks": values["tasks"],
-        "labels": {name: found.to_json() for name, found in class_maps.items()},
-    }

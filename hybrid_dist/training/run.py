@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,11 +34,12 @@ from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, differences, make_engine
+from hybrid_dist.distributed import Topology, agree, decide, differences, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import Status, Terminal
+from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
@@ -46,7 +47,6 @@ from hybrid_dist.training.publish import (
     best_step,
     checkpoint_name,
     checkpoint_phase,
-    describe_model,
     find_best,
     publish_best,
     publish_model,
@@ -59,7 +59,6 @@ from hybrid_dist.training.watch import Watch
 DONE = 0
 SHARED = 10.0
 """Seconds for a network disk to show another machine's file."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,10 @@ class Job:
     def sources(self) -> dict[str, Source]:
         """By split."""
         return {"train": Source(self.config.data.train_images), "val": Source(self.config.data.val_images)}
+
+    def describe(self) -> dict[str, Any]:
+        """What is to be said of any model of this run."""
+        return describe_model(self.config, self.class_maps, self.tables)
 
     def length(self, phase: PhaseConfig) -> Length:
         return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
@@ -134,11 +137,11 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     """
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
-    job = _agree(topology, lambda: prepare(config, topology, stop))
-    for split, signature in _decide(topology, lambda: _choose_packed(job)).items():
-        job.packed[split] = _agree(topology, lambda: _open_packed(job, split, signature))  # noqa: B023 (called at once)
+    job = agree(topology, lambda: prepare(config, topology, stop))
+    for split, signature in decide(topology, lambda: _choose_packed(job)).items():
+        job.packed[split] = agree(topology, lambda: _open_packed(job, split, signature))  # noqa: B023 (called at once)
         job.terminal.say(f"{split} pictures come from {job.packed[split].folder}")
-    _decide(topology, lambda: _check_pictures(job))
+    decide(topology, lambda: _check_pictures(job))
     try:
         return _go(job, only, fresh)
     finally:
@@ -150,14 +153,14 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
 def _go(job: Job, only: str | None, fresh: bool) -> int:
     topology, terminal = job.topology, job.terminal
     _check_shared(job)
-    resumes = _decide(topology, lambda: _open_folder(job, only, fresh))
+    resumes = decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job) if resumes else None
     job.saver.newest = found
     sums = _data_sums(job)
-    state = _agree(topology, lambda: _position(job, found, only, fresh, sums))
+    state = agree(topology, lambda: _position(job, found, only, fresh, sums))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
-    initial = [_agree(topology, lambda: _first_model(job))] if found is None else []
-    _decide(topology, lambda: _claim_folder(job, fresh, found))
+    initial = [agree(topology, lambda: _first_model(job))] if found is None else []
+    decide(topology, lambda: _claim_folder(job, fresh, found))
     try:
         _report_unseen(job)
         _forget_lost_best(job, state)
@@ -273,36 +276,6 @@ def _first_model(job: Job) -> Hybrid:
     return model
 
 
-def _agree(topology: Topology, check: Callable[[], T]) -> T:
-    """Run `check` on every rank; if it fails on any, it fails on all, with the first rank's message.
-
-    No collective in `check`: a rank that fails before it leaves the others waiting there.
-    """
-    result, message = None, None
-    try:
-        result = check()
-    except UserError as error:
-        message = str(error)
-    found = [text for text in topology.control.to_all(message) if text is not None]
-    if found:
-        raise UserError(found[0], shared=True)
-    return cast(T, result)
-
-
-def _decide(topology: Topology, check: Callable[[], T]) -> T:
-    """Run `check` on rank 0 alone, for all: what others see of a shared disk may be old. Its error is theirs too."""
-    result, message = None, None
-    if topology.is_main:
-        try:
-            result = check()
-        except UserError as error:
-            message = str(error)
-    result, message = topology.control.from_main((result, message))
-    if message is not None:
-        raise UserError(message, shared=True)
-    return cast(T, result)
-
-
 def _check_shared(job: Job) -> None:
     """Every machine writes its own part of a checkpoint, so all must see one disk: a file that rank 0 lays there."""
     topology, folder = job.topology, job.folder
@@ -326,9 +299,9 @@ def _check_shared(job: Job) -> None:
                 )
             time.sleep(0.1)
 
-    file = _decide(topology, lay)
+    file = decide(topology, lay)
     try:
-        _agree(topology, see)
+        agree(topology, see)
     finally:
         if topology.is_main:
             file.unlink(missing_ok=True)
@@ -415,6 +388,7 @@ def _claim_folder(job: Job, fresh: bool, found: Found | None) -> None:
             if _is_used(folder):
                 raise UserError(f"another job has begun a run in {folder} just now; start again to go on with that one")
         write_atomic(folder / "config.yaml", job.config.to_yaml())
+        write_atomic(folder / DESCRIPTION, json.dumps(job.describe(), indent=1, ensure_ascii=False) + "\n")
         job.stop.clear_stale(job.terminal.say)
         if found is not None:
             publish_best(job.folder, found, verify=True)
@@ -450,7 +424,7 @@ def _report_unseen(job: Job) -> None:
 def _forget_lost_best(job: Job, state: TrainState) -> None:
     """After going back behind damaged checkpoints the best may be one that has been pruned since, and overwritten."""
     phase, step = state.phase, state.best_step
-    if state.finished or step is None or _decide(job.topology, lambda: best_is_there(job.folder, phase, step)):
+    if state.finished or step is None or decide(job.topology, lambda: best_is_there(job.folder, phase, step)):
         return
     job.terminal.say(f"warning: the best so far, of step {step}, is gone or damaged; it will be one from here on")
     state.best_score, state.best_step, state.best_metrics = None, None, {}
@@ -531,7 +505,7 @@ def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
         return found.reader().weights(layout.shapes)
-    return load_file(_decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
+    return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
 def _carried(job: Job, phase: PhaseConfig, found: Found | None) -> PieceReader | None:
@@ -562,7 +536,7 @@ def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) ->
 
 def _publish(job: Job, state: TrainState) -> None:
     with _disk(job.folder):
-        publish_model(job.folder, state.phase, state.best_step, describe_model(job.config, job.class_maps))
+        publish_model(job.folder, state.phase, state.best_step, job.describe())
 
 
 def _finish(job: Job, state: TrainState) -> None:
@@ -574,7 +548,7 @@ def _finish(job: Job, state: TrainState) -> None:
         reason += f", {' and '.join(left)} left"
     else:
         reason = "all phases are finished"
-        _decide(job.topology, lambda: _publish(job, state))
+        decide(job.topology, lambda: _publish(job, state))
     if state.finished:
         job.status("finished", state.phase, state.step, reason)
     job.terminal.say(f"{reason}: {job.folder}")

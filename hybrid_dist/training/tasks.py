@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +49,26 @@ class Task(ABC):
         """The task's part in `val/score`, 1 is perfect."""
 
     @abstractmethod
+    def mean(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The raw output whose prediction is the mean of what these raw outputs predict, each of one shape."""
+
+    @abstractmethod
+    def answers(self, prediction: NDArray[np.float32], top: int = 1) -> dict[str, list[Any]]:
+        """What is told of N predictions, by column, each of N names or numbers.
+
+        Args:
+            top: How many classes are named, the likeliest first; as many as there are at most.
+        """
+
+    @abstractmethod
+    def told(self, target: NDArray[np.generic]) -> list[str]:
+        """N labels as texts; blank where there is none."""
+
     def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
         """Columns of predictions_val.csv, each of N texts; blank where there is no label."""
+        answers = self.answers(prediction).items()
+        texts = {key: [v if isinstance(v, str) else f"{v:.6f}" for v in values] for key, values in answers}
+        return {f"{self.name}_label": self.told(target), **texts}
 
 
 _KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...]], Task]] = {}
@@ -99,13 +119,23 @@ class Classification(Task):
     def quality(self, metrics: Metrics) -> float:
         return metrics["acc1"] or 0.0
 
-    def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
-        best = prediction.argmax(axis=1)
-        return {
-            f"{self.name}_label": [self.classes[int(label)] if label >= 0 else "" for label in target],
-            f"{self.name}_prediction": [self.classes[index] for index in best],
-            f"{self.name}_probability": [f"{p:.6f}" for p in prediction[np.arange(len(best)), best]],
-        }
+    def mean(self, outputs: Sequence[Tensor]) -> Tensor:
+        # Logarithms of probabilities are logits of these very probabilities.
+        logs = torch.stack([output.float().log_softmax(dim=-1) for output in outputs])
+        return logs.logsumexp(dim=0) - math.log(len(outputs))
+
+    def answers(self, prediction: NDArray[np.float32], top: int = 1) -> dict[str, list[Any]]:
+        # Stable, so that the first of equals comes first, as with argmax.
+        order = np.argsort(-prediction, axis=1, kind="stable")[:, :top]
+        found: dict[str, list[Any]] = {}
+        for place in range(order.shape[1]):
+            index, nth = order[:, place], f"_{place + 1}" if place else ""
+            found[f"{self.name}_prediction{nth}"] = [self.classes[one] for one in index]
+            found[f"{self.name}_probability{nth}"] = prediction[np.arange(len(index)), index].tolist()
+        return found
+
+    def told(self, target: NDArray[np.generic]) -> list[str]:
+        return [self.classes[int(label)] if label >= 0 else "" for label in target]
 
 
 @kind("regression")
@@ -138,12 +168,14 @@ class Regression(Task):
         assert mae is not None
         return 1.0 - mae
 
-    def columns(self, prediction: NDArray[np.float32], target: NDArray[np.generic]) -> dict[str, list[str]]:
-        truth = target.astype(np.float64)
-        return {
-            f"{self.name}_label": ["" if np.isnan(label) else f"{label:.6g}" for label in truth],
-            f"{self.name}_prediction": [f"{value:.6f}" for value in prediction],
-        }
+    def mean(self, outputs: Sequence[Tensor]) -> Tensor:
+        return torch.stack([output.float() for output in outputs]).mean(dim=0)
+
+    def answers(self, prediction: NDArray[np.float32], top: int = 1) -> dict[str, list[Any]]:
+        return {f"{self.name}_prediction": prediction.tolist()}
+
+    def told(self, target: NDArray[np.generic]) -> list[str]:
+        return ["" if np.isnan(label) else f"{label:.6g}" for label in target.astype(np.float64)]
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:

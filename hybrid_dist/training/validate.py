@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hybrid_dist.distributed import Control, Engine
 from hybrid_dist.training.tasks import Metrics, Task, score
@@ -33,7 +34,6 @@ Part = tuple[NDArray[np.int64], dict[str, tuple[NDArray[np.float32], NDArray[Any
 """A batch's rows; and for each task predictions, targets and losses."""
 
 
-@torch.no_grad()
 def validate(
     engine: Engine,
     tasks: Sequence[Task],
@@ -45,14 +45,32 @@ def validate(
     """Run the model over this rank's batches and bring the results together on rank 0 (None elsewhere).
 
     Args:
-        batches: Equally many on every rank; rows of -1 are padding, bad pictures are left out. What they raise, they
-            raise on all ranks together: under ZeRO 3 one that left alone would let the others wait for its weights.
+        batches: Equally many on every rank. What they raise, they raise on all ranks together: under ZeRO 3 one that
+            left alone would let the others wait for its weights.
         tick: Told the number of samples after each batch.
     """
     engine.model.eval()
+    return gather(judge(engine.forward, tasks, batches, device, tick), tasks, control)
+
+
+@torch.no_grad()
+def judge(
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
+    tasks: Sequence[Task],
+    batches: Iterable[Batch],
+    device: torch.device,
+    tick: Callable[[int], None] = lambda samples: None,
+) -> list[Part]:
+    """What a model in eval mode says about each batch, and what it costs.
+
+    Args:
+        forward: uint8 (B, 3, S, S) on `device` → task → raw output.
+        batches: Rows of -1 are padding, bad pictures are left out.
+        tick: Told the number of samples after each batch.
+    """
     parts: list[Part] = []
     for batch in batches:
-        outputs = engine.forward(batch.images.to(device, non_blocking=True))
+        outputs = forward(batch.images.to(device, non_blocking=True))
         part: dict[str, Any] = {}
         for task in tasks:
             target = batch.labels[task.name]
@@ -62,6 +80,11 @@ def validate(
         # A prediction for a picture that can't be seen would be none.
         parts.append((np.where(np.isin(rows, list(batch.bad)), -1, rows), part))
         tick(len(batch.rows))
+    return parts
+
+
+def gather(parts: list[Part], tasks: Sequence[Task], control: Control) -> Validated | None:
+    """Bring what the ranks have found together on rank 0, in row order; None elsewhere. All ranks together."""
     gathered = control.to_main(parts)
     return None if gathered is None else _join([part for rank in gathered for part in rank], tasks)
 

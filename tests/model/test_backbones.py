@@ -71,11 +71,11 @@ def test_branch_equals_timm_on_the_same_normalised_input(config, grid):
         pooled, tokens = backbone(images.contiguous(memory_format=torch.channels_last))
         expected = backbone.net((images / 255.0 - mean) / std)
         everything = backbone.net.forward_features((images / 255.0 - mean) / std)
-    torch.testing.assert_close(pooled, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
     assert tokens.shape == (2, grid * grid, backbone.token_width)
     if everything.ndim == 4:
         place = everything[:, :, 0, 1] if everything.shape[1] == backbone.token_width else everything[:, 0, 1]
-        torch.testing.assert_close(tokens[:, 1], place, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(tokens[:, 1], place, atol=1e-5, rtol=1e-5)
     assert pooled.shape == (2, backbone.width)
 
 

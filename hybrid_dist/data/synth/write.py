@@ -10,7 +10,6 @@ from pathlib import Path
 from hybrid_dist.data.output import (
     check_whole_number,
     in_order,
-    whole_or_nothing,
     write_annotations,
     write_classes,
     write_jpeg,
@@ -18,6 +17,7 @@ from hybrid_dist.data.output import (
 )
 from hybrid_dist.data.synth.picture import AIRLINE_NAMES, SPLITS, TYPE_NAMES, render_picture
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import whole_or_nothing
 
 log = logging.getLogger(__name__)
 

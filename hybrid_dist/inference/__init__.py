@@ -1,0 +1,1 @@
+"""A trained model in use: found, opened, asked, judged on other data, exported."""
