@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
+from hybrid_dist.commands import compare
 from hybrid_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="plain values on standard output")
     command.set_defaults(run=checkpoints)
     _add_check_data(commands)
+    compare.add(commands)
     _add_bench(commands)
     return parser
 
