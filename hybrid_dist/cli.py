@@ -161,8 +161,10 @@ def check_data(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
-    if arguments.html and not arguments.html.absolute().parent.is_dir():
-        raise UserError(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
+    if arguments.html:
+        from hybrid_dist.report.page import check_writable
+
+        check_writable(arguments.html, "--html")
     with _bar("decoding pictures") as tell:
         check = check_data(config, arguments.workers, tell)
     if arguments.html:

@@ -1,4 +1,4 @@
-"""What the pages share: templates in which everything is escaped, small copies of pictures, and a file that is whole."""
+"""What pages share: templates in which everything is escaped, small copies of pictures, a file that is whole."""
 
 from __future__ import annotations
 

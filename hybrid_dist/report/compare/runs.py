@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +54,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _labels(folders: Sequence[Path]) -> list[str]:
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names, strict=True)]
-    seen: Counter[str] = Counter()
-    for place, label in enumerate(labels):
-        seen[label] += 1
-        if labels.count(label) > 1:  # a run beside itself
-            labels[place] = f"{label} ({seen[label]})"
-    return labels
+    # A run beside itself is told apart by its place.
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: place + 1].count(label)})"
+        for place, label in enumerate(labels)
+    ]
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -89,7 +87,7 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def _finished_phases(folder: Path, phases: list[str]) -> list[str]:
-    """Phases come in order: those before the one that status.json names are finished, and all where there is a model."""
+    """Phases come in order: those before the one in status.json are finished, and all where there is a model."""
     if (folder / "model" / "model.json").is_file():
         return phases
     status = _json(folder / "status.json")

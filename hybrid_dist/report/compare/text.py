@@ -44,8 +44,8 @@ def print_comparison(comparison: Comparison, verdicts: Sequence[Verdict], consol
 def legend(comparison: Comparison) -> str:
     """What the table's figures are."""
     return (
-        f"{comparison.pictures:,} pictures; differences to {comparison.runs[0].label} with 95 % intervals, p by McNemar's"
-        " exact test; latency of one picture in the model, here; memory in training"
+        f"{comparison.pictures:,} pictures; differences to {comparison.runs[0].label} with 95 % intervals, p by"
+        " McNemar's exact test; latency of one picture in the model, here; memory in training"
     )
 
 
