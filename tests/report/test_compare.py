@@ -499,7 +499,8 @@ def damage(run: Path, what: str) -> None:
     ("what", "told"),
     [
         ("no run", "not a run's folder"), ("nothing finished", "no phase is finished"),
-        ("no predictions", "can't be read"), ("empty", "is empty"), ("cut off", "cut off"), ("no column", "clarity_prediction"), ("no number", "high"),
+        ("no predictions", "can't be read"), ("empty", "is empty"),
+        ("cut off", "cut off"), ("no column", "clarity_prediction"), ("no number", "high"),
         ("no best", "best.json"),
     ],
 )  # fmt: skip
