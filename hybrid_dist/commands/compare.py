@@ -13,7 +13,7 @@ GATE = (
     " and METRIC:-0.01 (so much less), such as type_acc1:+0.01 or clarity_mae:-0.01: the measured gain is at least that"
     " and its 95 %% interval leaves out that there is none; for an accuracy, McNemar's test must leave it out too. That"
     " the true gain is as large it does not show. In a metric's worse direction it is the loss that is allowed, and the"
-    " interval leaves out a larger one. METRIC:<100 and METRIC:>0.9, such as latency_ms:<100 or memory_gb:<20, bound"
+    " interval leaves out a larger one. METRIC:<100 and METRIC:>0.9, in quotes, such as 'latency_ms:<100', bound"
     " the value itself"
 )
 

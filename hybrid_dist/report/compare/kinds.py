@@ -165,12 +165,12 @@ class Classification(Kind):
         return np.asarray(labels == predictions, np.bool_)
 
     def apart(self, labels: NDArray[Any], answers: Sequence[Answers]) -> NDArray[np.float64]:
-        """Above 1 where one is right and another is not, below where both are wrong; the surer, the further apart."""
+        """Over 2 where some are right and others not, over 1 where all are wrong; the surer, the further apart."""
         said = np.stack([answer.predictions for answer in answers])
         sure = np.mean([answer.probabilities for answer in answers if answer.probabilities is not None], axis=0)
         differ = (said != said[0]).any(axis=0)
         decided = (said == labels).any(axis=0)
-        return np.where(differ, sure + decided, 0.0)
+        return np.where(differ, 1 + sure + decided, 0.0)
 
     def text(self, value: Any) -> str:
         return str(value)
@@ -202,8 +202,7 @@ class Regression(Kind):
         error = told - truth
         # Around their means: sums of squares of what is far from zero would leave few digits for the correlation.
         far, near = (np.where(known, side - side[known].mean(), 0) for side in (told, truth))
-        flat = (np.ptp(side[known]) == 0 for side in (told, truth))
-        constant = any(flat)
+        constant = any(np.ptp(side[known]) == 0 for side in (told, truth))
         sums = np.stack([known, np.abs(error), error**2, far, near, far**2, near**2, far * near])  # (8, N)
 
         def values(weights: NDArray[np.float64]) -> Values:

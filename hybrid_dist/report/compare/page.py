@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybrid_dist.data.annotations import filename_problem
 from hybrid_dist.data.pictures import PictureError, decode_picture
 from hybrid_dist.data.source import Source
 from hybrid_dist.errors import UserError
@@ -105,6 +106,8 @@ class _Album:
 
 
 def _read(source: Source, filename: str) -> str | None:
+    if filename_problem(filename):  # such as one that leaves the folder: training refuses it, this file is anyone's
+        return None
     try:
         return small_copy(decode_picture(source.read(filename), filename, SIDE))
     except (PictureError, UserError):

@@ -107,7 +107,7 @@ def _pair_task(
     partly = int((np.logical_or.reduce(each) & ~known).sum())
     if partly:
         warnings.append(f"{name}: {partly:,} pictures have a label in some of the runs alone, and count nowhere")
-    if known.sum() < FEW:
+    if 0 < known.sum() < FEW:
         warnings.append(f"{name}: {int(known.sum()):,} labelled pictures are few; intervals are rough below {FEW}")
     whole = [
         name in run.answers and int(kind.known(run.answers[name].labels).sum()) == int(known.sum()) for run in runs

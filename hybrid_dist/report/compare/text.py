@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +30,8 @@ def print_comparison(comparison: Comparison, verdicts: Sequence[Verdict], consol
     for warning in comparison.warnings:
         console.print(Text(printable(f"warning: {warning}"), "yellow"), soft_wrap=not console.is_terminal)
     console.print()
-    console.print(_table(comparison))
+    for table in _tables(comparison, console):
+        console.print(table)
     console.print(Text(printable(legend(comparison)), "dim"), soft_wrap=not console.is_terminal)
     for found in comparison.disagreements:
         _print_disagreement(console, comparison, found)
@@ -97,17 +99,26 @@ def summaries(comparison: Comparison, found: Disagreement) -> list[str]:
     return lines
 
 
-def _table(comparison: Comparison) -> Table:
+def _tables(comparison: Comparison, console: Console) -> list[Table]:
+    """All runs in one; where the terminal is too narrow, each beside the first alone."""
+    places = range(len(comparison.runs))
+    whole = _table(comparison, places)
+    width = Measurement.get(console, console.options.update(width=10_000), whole).maximum
+    return [whole] if width <= console.width else [_table(comparison, (0, place)) for place in places[1:]]
+
+
+def _table(comparison: Comparison, places: Sequence[int]) -> Table:
     table = Table("", box=None, pad_edge=False)
-    for place, run in enumerate(comparison.runs):
-        table.add_column(Text(printable(run.label)), justify="right", no_wrap=True)
+    for place in places:
+        table.add_column(Text(printable(comparison.runs[place].label)), justify="right", no_wrap=True)
         if place:
             table.add_column("difference", no_wrap=True)
             table.add_column("p", justify="right", no_wrap=True)
     styles = {"better": "green", "worse": "red", "": ""}
     for metric in comparison.metrics.values():
         cells = [Text(printable(metric.name))]
-        for place, figure in enumerate(metric.figures):
+        for place in places:
+            figure = metric.figures[place]
             cells.append(Text(value_text(metric, figure.value)))
             if place:
                 cells.append(Text(difference_text(metric, figure), styles[verdict_of(metric, figure)]))
