@@ -39,7 +39,7 @@ def print_comparison(comparison: Comparison, verdicts: Sequence[Verdict], consol
         console.print()
     for verdict in verdicts:
         word, style = ("held", "green") if verdict.held else ("NOT HELD", "bold red")
-        line = Text.assemble((f"{word:8} ", style), printable(f"{verdict.gate}  {verdict.run}: {verdict.reason}"))
+        line = Text.assemble((f"{word:8} ", style), printable(f"{verdict.gate} {verdict.run}: {verdict.reason}"))
         console.print(line, soft_wrap=not console.is_terminal)
 
 
