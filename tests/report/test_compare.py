@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from scipy.stats import bootstrap, pearsonr
@@ -33,6 +35,7 @@ from hybrid_dist.report.compare.kinds import find_kind
 from hybrid_dist.report.compare.metrics import paired_metrics
 from hybrid_dist.report.compare.pairing import pair
 from hybrid_dist.report.compare.runs import Run
+from hybrid_dist.report.compare.text import print_comparison
 from hybrid_dist.training.publish import PREDICTIONS
 from tests.conftest import launch, scene, tiny_values
 from tests.report.outline import Outline
@@ -627,3 +630,20 @@ def test_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"right in new alone {wrong}, in old alone 0" in said
     assert f"{wrong} of 200 pictures with unlike answers" in said
     assert re.search(r"held +type_acc1:\+0\.01 new: \+0\.\d+ \[", said) and "NOT HELD latency_ms:<0.0001 new" in said
+
+
+def test_a_narrow_terminal() -> None:
+    """Catches: figures cut off at the edge of a terminal that three runs don't fit into."""
+    labels = truth(100, blank=0)
+    comparison = compared(*(answered(labels, seed, tasks=("type",)) for seed in range(3)), resamples=200)
+    found = {}
+    for width in (78, 200):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, no_color=True, highlight=False)
+        print_comparison(replace(comparison, labelled={"type": 100}), [], console)
+        found[width] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in found[78] + found[200]
+    count = {width: sum(line.startswith("type_acc1") for line in text.splitlines()) for width, text in found.items()}
+    assert count == {78: 2, 200: 1}
+    for place in (1, 2):
+        figure = comparison.metrics["type_acc1"].figures[place]
+        assert all(f"[{figure.difference_low:+.4f}, {figure.difference_high:+.4f}]" in text for text in found.values())
