@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
-from hybrid_dist.commands import model
+from hybrid_dist.commands import compare, model
 from hybrid_dist.commands.bar import bar
 from hybrid_dist.errors import UserError
 
@@ -149,8 +149,10 @@ def check_data(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers {arguments.workers}: 0 or more would do")
-    if arguments.html and not arguments.html.absolute().parent.is_dir():
-        raise UserError(f"--html {arguments.html}: there is no folder {arguments.html.parent}")
+    if arguments.html:
+        from hybrid_dist.report.page import check_writable
+
+        check_writable(arguments.html, "--html")
     with bar("decoding pictures") as tell:
         check = check_data(config, arguments.workers, tell)
     if arguments.html:
@@ -282,6 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_check_data(commands)
     model.add(commands)
+    compare.add(commands)
     _add_bench(commands)
     return parser
 

@@ -71,7 +71,7 @@ def bench(
     return {
         "device": torch.cuda.get_device_name(opened.device) if opened.device.type == "cuda" else opened.device.type,
         "threads": torch.get_num_threads(), "precision": opened.precision, "image_size": opened.image_size,
-        "parameters": sum(value.numel() for value in opened.model.parameters()), "picture": [HEIGHT, WIDTH],
+        "parameters": opened.parameters, "picture": [HEIGHT, WIDTH],
         "batches": rows,
     }  # fmt: skip
 
@@ -119,8 +119,8 @@ class Turns:
 
 def _measure(turns: Turns, size: int, repeats: int, seconds: float) -> dict[str, Any]:
     # In turns, each after itself as often as after the other: what was there before matters to caches.
-    pair = _times([turns.model, turns.backbones], repeats, seconds * 0.7)
-    (whole,) = _times([turns.end_to_end], repeats, seconds * 0.3)
+    pair = times_in_turns([turns.model, turns.backbones], repeats, seconds * 0.7)
+    (whole,) = times_in_turns([turns.end_to_end], repeats, seconds * 0.3)
     row: dict[str, Any] = {"batch": size, "turns": len(pair[0])}
     for name, each in zip(("end_to_end", "model", "backbones"), (whole, *pair), strict=True):
         a_picture = np.array(each) * 1000 / size
@@ -129,8 +129,13 @@ def _measure(turns: Turns, size: int, repeats: int, seconds: float) -> dict[str,
     return row
 
 
-def _times(runs: Sequence[Callable[[], object]], repeats: int, seconds: float) -> list[list[float]]:
-    """Seconds of each, in turns of there and back."""
+def times_in_turns(runs: Sequence[Callable[[], object]], repeats: int, seconds: float) -> list[list[float]]:
+    """Seconds of each, in turns of there and back, so that a busy moment of the machine meets all of them.
+
+    Args:
+        repeats: Turns at most.
+        seconds: For all of them, about; a few turns are made in any case.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for _, run in itertools.product(range(_WARM_UP), runs):
         run()

@@ -59,6 +59,11 @@ class OpenedModel:
         self.fit = Augment(self.image_size, description.tasks, train=False)
 
     @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(value.numel() for value in self.model.parameters())
+
+    @property
     def precision(self) -> str:
         """What it computes in."""
         return next((name for name, dtype in _DTYPES.items() if dtype == self.dtype), "fp32")

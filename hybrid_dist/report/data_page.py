@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from hybrid_dist.data.check.findings import SEVERITIES, Example, Finding, Place
 from hybrid_dist.data.check.run import DataCheck
 from hybrid_dist.data.pictures import PictureError, read_picture
-from hybrid_dist.errors import UserError
 from hybrid_dist.report import plots
+from hybrid_dist.report.page import render, small_copy, write
 
 EXAMPLES = 12
 """Examples of a finding on the page; `--json` has more."""
@@ -26,11 +24,6 @@ PICTURES = 4
 CLASSES = 60
 """Classes of a task whose pictures are shown, the largest first."""
 
-SIDE = 128
-"""Pixels of the longer side of a picture on the page."""
-
-_QUALITY = 78
-
 
 def write_page(check: DataCheck, path: Path) -> None:
     """Write the page, whole or not at all.
@@ -38,28 +31,16 @@ def write_page(check: DataCheck, path: Path) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    text = data_page(check)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+    write(path, data_page(check))
 
 
 def data_page(check: DataCheck) -> str:
     """The page's HTML. It asks nothing of the network and runs nothing; what comes from the data is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["line"] = lambda example: example.text(PICTURES)
     album = Album(check)
     figures = {split.name: check.figures(number) for number, split in enumerate(check.splits)}
-    return environment.get_template("data.html.j2").render(
+    return render(
+        "data.html.j2",
+        line=lambda example: example.text(PICTURES),
         title=check.config.run.name,
         failed=check.failed,
         counts={severity: check.count(severity) for severity in SEVERITIES},
@@ -90,15 +71,9 @@ class Album:
 
 def _shrunk(path: str) -> str | None:
     try:
-        pixels = read_picture(path)
+        return small_copy(read_picture(path))
     except PictureError:  # it was there a moment ago
         return None
-    scale = SIDE / max(pixels.shape[:2])
-    if scale < 1:
-        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    _, data = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
 def _finding(finding: Finding, album: Album) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import base64
 import csv
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +17,7 @@ from ruamel.yaml import YAML
 from hybrid_dist import cli
 from hybrid_dist.report import plots
 from tests.conftest import tiny_values
+from tests.report.outline import Outline
 
 NASTY = "<script>alert('x')</script>"
 # A class each: markup, an attribute's end, a comment's end, what matplotlib takes for a formula, another alphabet.
@@ -57,31 +56,6 @@ def page_of(folder: Path, code: int) -> str:
     assert cli.main(["check-data", "--config", config, "--workers", "0", "--html", str(file)]) == code
     assert not list(folder.glob(".*")), "nothing half-written stays"
     return file.read_text(encoding="utf-8")
-
-
-class Outline(HTMLParser):
-    """Elements of a page with their attributes; elements that are never closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def test_foreign_text_is_text(nasty: Path) -> None:
