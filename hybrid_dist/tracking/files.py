@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_dist.files import write_atomic
+from hybrid_dist.tracking.sink import Position, Sink, Values
 
 
 class Lines:
@@ -82,6 +83,17 @@ class Lines:
         """No more lines."""
         if self._file is not None:
             os.close(self._file)
+
+
+class MetricsFile(Sink):
+    """metrics.jsonl, to be told before all that read it."""
+
+    def __init__(self, lines: Lines):
+        self._lines = lines
+
+    def metrics(self, at: Position, values: Values) -> None:
+        where = {"phase": at.phase, "epoch": at.epoch, "step": at.step, "samples": at.samples, "time": time.time()}
+        self._lines.write(json_line({**where, **values}))
 
 
 def json_line(values: dict[str, Any]) -> str:
