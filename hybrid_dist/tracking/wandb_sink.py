@@ -312,8 +312,8 @@ class _Follower:
 _QUIET: dict[str, Any] = {
     "console": "off", "silent": True, "host": "", "program": "", "disable_git": True, "disable_code": True,
     "x_disable_meta": True, "x_save_requirements": False,
-    # After a kill no more than this is missing; by default it is 15 s.
-    "x_transaction_log_flush_interval": 1.0,
+    # Seconds: after a kill no more than this is missing, where it would be 15.
+    "x_transaction_log_flush_interval": 0.2,
 }  # fmt: skip
 
 
