@@ -118,17 +118,18 @@ class Status:
         if self.is_main:
             self._write(state, phase, step, reason)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> str:
         """The run has failed where it was last heard of; for whichever process can still write.
 
-        The first reason stays: where one rank fails, the others fail for want of it.
+        The first reason stays: where one rank fails, the others fail for want of it. Returns the one that stands.
         """
         last = {}
         with contextlib.suppress(OSError, ValueError):
             last = json.loads(self._path.read_text(encoding="utf-8"))
         if last.get("state") == "failed" and self._begun:  # and not of an earlier start
-            return
+            return str(last.get("reason"))
         self._write("failed", last.get("phase"), last.get("step", 0), reason)
+        return reason
 
     def _write(self, state: str, phase: str | None, step: int, reason: str) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -46,21 +46,26 @@ def choose_mode(wanted: str) -> str:
     said = os.environ.get("WANDB_MODE", "").lower()
     if said:
         return {"disabled": "off", "online": "online", "run": "online", "shared": "online"}.get(said, "offline")
-    return "online" if _logged_in() else "offline"
+    return "online" if logged_in() else "offline"
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     """Whether there is a key, without asking wandb, which would be loaded for it."""
     import netrc
     from urllib.parse import urlsplit
 
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def project_of(config: Config) -> str:
+    """wandb's project."""
+    return config.tracking.project or os.environ.get("WANDB_PROJECT") or PROJECT
 
 
 def find_id(folder: Path, state: HasId) -> None:
@@ -229,7 +234,7 @@ class _Follower:
 
         sink, config = self.sink, self.sink.config
         wanted = {
-            "project": config.tracking.project or os.environ.get("WANDB_PROJECT") or PROJECT,
+            "project": project_of(config),
             "entity": config.tracking.entity,
             "dir": str(config.folder.absolute()),
             "id": self.run_id,

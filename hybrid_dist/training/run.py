@@ -40,7 +40,7 @@ from hybrid_dist.distributed import Topology, differences, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
-from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode
+from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
@@ -186,16 +186,16 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return EXIT_STOPPED
     except UserError as error:
-        job.sinks.ended("failed", str(error))
+        reason = str(error)
         if error.shared:
-            job.status("failed", state.phase, state.step, str(error))
+            job.status("failed", state.phase, state.step, reason)
         else:
-            job.status.failed(_at_rank(topology, str(error)))
+            reason = job.status.failed(_at_rank(topology, reason))
+        job.sinks.ended("failed", reason)
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = job.status.failed(_at_rank(topology, f"{type(error).__name__}: {error}"))
         job.sinks.ended("failed", reason)
-        job.status.failed(_at_rank(topology, reason))
         raise
     finally:
         job.sinks.close()
@@ -248,6 +248,8 @@ def _sinks(config: Config, topology: Topology, terminal: Terminal, lengths: dict
     """What this rank tells its news to. Another sink comes in here."""
     mode = choose_mode(config.tracking.wandb)
     if topology.is_main:
+        if mode == "online" and not logged_in():  # wandb would ask on the terminal
+            raise UserError("tracking.wandb is online, and nobody is logged in; wandb login or offline would do")
         return [terminal, *([Wandb(config, mode, lengths, terminal.say)] if mode != "off" else [])]
     node, local_rank = divmod(topology.rank, topology.local_world_size)
     return [NodeFacts(config.folder / "wandb", node)] if mode != "off" and node > 0 and local_rank == 0 else []

@@ -323,3 +323,13 @@ def test_mode(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert wandb_sink.choose_mode(wanted) == mode
+
+
+def test_online_without_a_login(
+    tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a job that waits for somebody to type a key."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert call(write_config(tiny_data, tmp_path, "online")) == 2
+    assert not (tmp_path / "runs").exists()
