@@ -22,6 +22,7 @@ from hybrid_dist.tracking import wandb_sink
 from hybrid_dist.training import phase as phase_module
 from tests.conftest import ROOT, environment, read_lines, tiny_values
 from tests.distributed.running import Running, without_times
+from tests.tracking.stand_in import StandIn
 
 KEY, SECRET = "5b" * 20, "made-up-token-that-nobody-may-read"
 PHASES = [
@@ -147,6 +148,24 @@ def test_killed_twice(tiny_data: Path, tmp_path: Path) -> None:
         expect_media(path, row)
     expect_defined(records[-1])
     expect_no_secret(run)
+    expect_synced(run, ids)
+
+
+def expect_synced(run: Path, ids: set[str]) -> None:
+    """`wandb sync` makes one run of all folders, with each line once."""
+    with StandIn() as server:
+        command = [sys.executable, "-m", "wandb", "sync", *map(str, starts(run))]
+        variables = environment() | {"WANDB_BASE_URL": server.address, "WANDB_ERROR_REPORTING": "false"}
+        variables.pop("WANDB_MODE")
+        done = subprocess.run(command, env=variables, timeout=60, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert server.runs == ids
+        lines = read_lines(run / "metrics.jsonl")
+        assert [row["_step"] for row in server.rows] == list(range(len(lines)))
+        assert [(row["step"], "val/score" in row) for row in server.rows] == [
+            (line["step"], "val/score" in line) for line in lines
+        ]
+        assert "model" in server.artifacts
 
 
 def expect_defined(records: list[dict[str, Any]]) -> None:
