@@ -37,9 +37,10 @@ class Terminal(Sink):
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        bar = self._bar  # another thread may end it meanwhile
         if not self.quiet:
             with _whatever_becomes_of_it():
-                (self._bar.console if self._bar else self.console).print(text, markup=False)
+                (bar.console if bar else self.console).print(text, markup=False)
 
     def start(self, label: str, done: int, total: int, later: int = 0) -> None:
         """Begin with `total` units of something, `done` of them made already; `later` come after them."""

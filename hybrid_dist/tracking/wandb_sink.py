@@ -247,8 +247,9 @@ class _Follower:
         }
         self.run = self._try(lambda: wandb.init(**wanted))
         if sink.mode == "online":
-            self._first = max(self._first, int(self.run.step or 0))  # what the server has already
-        self._try(lambda: _define(self.run, list(config.tasks)))
+            self._first = int(self.run.step or 0)  # the server tells what it has
+        for definition in _definitions(list(config.tasks)):
+            self._try(lambda: self.run.define_metric(**definition))  # noqa: B023 (called at once)
 
     def _read(self, file: Path, end: int) -> Iterator[dict[str, Any]]:
         """The whole lines between where it stands and `end`."""
@@ -353,19 +354,17 @@ def _for_wandb(config: Config, lengths: Mapping[str, int]) -> dict[str, Any]:
     return {**values, "phase_begins": begins, "steps": at}
 
 
-def _define(run: Any, tasks: list[str]) -> None:
+def _definitions(tasks: list[str]) -> Iterator[dict[str, Any]]:
     """Axes, and which value of a metric the summary shows. Each names its axis: a definition replaces another."""
     for axis in ("step", "samples"):
-        run.define_metric(axis, hidden=True)
-    for section in ("train", "val", "perf", "node"):
-        run.define_metric(f"{section}/*", step_metric="step")
-    for axis in ("phase_index", "epoch"):
-        run.define_metric(axis, step_metric="step")
-    run.define_metric("val/score", step_metric="step", summary="max")
-    run.define_metric("val/loss", step_metric="step", summary="min")
+        yield {"name": axis, "hidden": True}
+    for name in ("train/*", "val/*", "perf/*", "node/*", "phase_index", "epoch"):
+        yield {"name": name, "step_metric": "step"}
+    yield {"name": "val/score", "step_metric": "step", "summary": "max"}
+    yield {"name": "val/loss", "step_metric": "step", "summary": "min"}
     for task in tasks:
         for metric, best in _BEST.items():
-            run.define_metric(f"val/{task}_{metric}", step_metric="step", summary=best)
+            yield {"name": f"val/{task}_{metric}", "step_metric": "step", "summary": best}
 
 
 def _log_model(run: Any, name: str, folder: str, metadata: dict[str, Any]) -> None:

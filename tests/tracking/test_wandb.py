@@ -291,7 +291,7 @@ def test_crash(tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkey
         broken.setattr(phase_module, "train_step", crash)
         assert call(config) == 1
     assert not list(run.glob("checkpoints/a-*"))
-    assert call(config, f"run.dir={tmp_path / 'runs'}") == 0
+    assert call(config) == 0
     crashed, finished = (inspect(path) for path in starts(run))
     alert = of_kind(crashed, "alert")[0]
     assert (alert["level"], alert["title"]) == ("ERROR", "tiny has crashed") and "made-up" in alert["text"]
@@ -319,6 +319,26 @@ def test_not_usable(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert call(config, "--fresh") == 0
     assert capfd.readouterr().err.count("warning: wandb can't be used") == 1
+
+
+@pytest.mark.timeout(150)
+def test_online(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: online, steps twice or not at all after a kill; a stop that waits for the network; a key in a file."""
+    config, run = write_config(tiny_data, tmp_path, "online"), tmp_path / "runs" / "tiny"
+    with StandIn() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        with Running(config, run, None) as training:
+            assert training.wait_for("8 steps", lambda: training.steps() >= 8, 60)
+            training.kill_all()
+        with Running(config, run, None) as training:
+            assert training.end(60) == 0, training.tail()
+        assert "warning: wandb" not in training.tail()
+        lines = read_lines(run / "metrics.jsonl")
+        assert [row["step"] for row in server.rows] == [line["step"] for line in lines]
+        assert [row["_step"] for row in server.rows] == list(range(len(lines)))
+        assert server.runs == {(run / "wandb" / "run-id").read_text().strip()}
+        assert server.alerts == ["tiny is finished"] and "model" in server.artifacts
+    expect_no_secret(run)
 
 
 @pytest.mark.parametrize(
