@@ -279,7 +279,13 @@ class _Follower:
             from hybrid_dist.tracking.media import media
 
             shown = self._optional(lambda: media(judgement)) or {}
-        self._try(lambda: self.run.log(row | shown, step=number, commit=True))
+        try:
+            self._try(lambda: self.run.log(row | shown, step=number, commit=True))
+        except WandbError as error:
+            if not shown:
+                raise
+            self.sink.complain("has not taken a validation's pictures", error)
+            self._try(lambda: self.run.log(row, step=number, commit=True))
         if "val/score" in line and self.best:
             self._optional(lambda: self.run.summary.update(self.best))
 
@@ -332,8 +338,8 @@ def _load(mode: str, folder: Path) -> None:
 
     from hybrid_dist.tracking import media  # noqa: F401 (for the same reason)
 
-    if mode == "offline":  # for the process too, or it prepares to send how it is used
-        wandb.setup(settings=wandb.Settings(mode="offline"))
+    # For the process, too: offline it would prepare to send how it is used.
+    wandb.setup(settings=wandb.Settings(mode="offline" if mode == "offline" else "online", silent=True))
 
 
 def _count_lines(file: Path, keep: int) -> int:

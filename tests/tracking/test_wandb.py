@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 import train
@@ -68,7 +69,8 @@ def plain(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(tiny_data, folder, "off")
     code = "import sys, train; code = train.main(); sys.exit('wandb' in sys.modules or code)"
     command = [sys.executable, "-c", code, "--config", str(config)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=120, capture_output=True, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: a CPU's sums depend on it
+    done = subprocess.run(command, cwd=ROOT, env=environment() | threads, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "tiny"
 
@@ -212,7 +214,7 @@ def test_unreliable(
     from wandb.sdk.wandb_run import Run
 
     chance = random.Random(5)
-    methods = ("log", "define_metric", "alert", "log_artifact")
+    methods = ("log", "define_metric", "alert")
     patched = [Unreliable(getattr(Run, name), chance) for name in methods]
     for name, method in zip(methods, patched, strict=True):
         monkeypatch.setattr(Run, name, method)
