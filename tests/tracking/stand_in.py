@@ -25,7 +25,7 @@ class StandIn:
         self.alerts: list[str] = []
         self.artifacts: list[str] = []
         """Their types."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.address = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> StandIn:
@@ -65,6 +65,8 @@ class StandIn:
             self.artifacts.append(values["input"]["artifactTypeName"])
             sequence = {"id": "s", "latestArtifact": None}
             return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}}}
+        if operation == "ArtifactType":
+            return {"project": {"artifact": None}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.address}/upload/{name}"} for name in values["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
@@ -81,6 +83,11 @@ class StandIn:
         counts = {"logLineCount": 0, "historyLineCount": len(self.rows), "eventsLineCount": 0}
         texts = {"summaryMetrics": "{}", "config": "{}", "wandbConfig": "{}", "eventsTail": "[]", "historyTail": tail}
         return {"id": "r", "name": name, "displayName": name, "tags": [], "notes": "", **counts, **texts}
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A client that was killed."""
 
 
 def _handler(stand_in: StandIn) -> type[BaseHTTPRequestHandler]:
