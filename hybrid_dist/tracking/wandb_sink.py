@@ -336,8 +336,9 @@ def _load(mode: str, folder: Path) -> None:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    from hybrid_dist.tracking import media  # noqa: F401 (for the same reason)
+    from hybrid_dist.tracking.media import load
 
+    load()
     # For the process, too: offline it would prepare to send how it is used.
     wandb.setup(settings=wandb.Settings(mode="offline" if mode == "offline" else "online", silent=True))
 

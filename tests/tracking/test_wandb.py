@@ -295,6 +295,29 @@ def test_crash(tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkey
     expect_each_line_once(run)
 
 
+STUCK = """
+import time
+import train
+from hybrid_dist.training import phase
+
+phase.train_step = lambda *_: time.sleep(1000)
+train._leave(train._train(train.Stop()))
+"""
+
+
+@pytest.mark.timeout(100)
+def test_stuck(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a run that is ended because it hangs, of which nobody is told."""
+    config = write_config(tiny_data, tmp_path, "offline")
+    command = [sys.executable, "-c", STUCK, "--config", str(config), "train.stall_timeout=2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=90, capture_output=True, text=True)
+    assert done.returncode == 70, done.stderr[-3000:]
+    records = inspect(starts(tmp_path / "runs" / "tiny")[0])
+    alert = of_kind(records, "alert")[0]
+    assert (alert["level"], alert["title"]) == ("ERROR", "tiny is stuck") and "no progress for 2 s" in alert["text"]
+    assert of_kind(records, "exit")[0]["exit_code"] == 1
+
+
 def test_not_usable(
     tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
