@@ -335,7 +335,6 @@ def _load(mode: str, folder: Path) -> None:
     os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").absolute()))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
-
     from hybrid_dist.tracking.media import load
 
     load()
