@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -80,8 +81,9 @@ def starts(run: Path) -> list[Path]:
     return sorted((run / "wandb").glob("offline-run-*"))
 
 
+@functools.cache
 def inspect(folder: Path) -> list[dict[str, Any]]:
-    """A folder's records, by wandb's own reader."""
+    """A folder's records, by wandb's own reader; once the run is over."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     done = subprocess.run(command, env=environment(), timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, (done.stderr, done.stdout[-1000:])
