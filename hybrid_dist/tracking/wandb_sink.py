@@ -115,7 +115,7 @@ class Wandb(Sink):
             return
         try:
             find_id(self.folder, state)
-            _load(self.mode, self.folder)
+            _load(self.folder)
         except Exception as error:
             self.complain("can't be used", error)
             self.mode = "off"
@@ -245,6 +245,9 @@ class _Follower:
             "config": _for_wandb(config, sink.lengths),
             "settings": wandb.Settings(**_QUIET),
         }
+        # The mode for the process, too: offline it would prepare to send how it is used.
+        everywhere = wandb.Settings(**{"mode": sink.mode, "silent": True})
+        self._try(lambda: wandb.setup(settings=everywhere))
         self.run = self._try(lambda: wandb.init(**wanted))
         if sink.mode == "online":
             self._first = int(self.run.step or 0)  # the server tells what it has
@@ -329,17 +332,14 @@ _QUIET: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _load(mode: str, folder: Path) -> None:
+def _load(folder: Path) -> None:
     """Import wandb, here and now: a loader process forked in the middle of an import might wait for it forever."""
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "data").absolute()))  # pictures of tables are staged there
     os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").absolute()))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
     from hybrid_dist.tracking.media import load
 
     load()
-    # For the process, too: offline it would prepare to send how it is used.
-    wandb.setup(settings=wandb.Settings(mode="offline" if mode == "offline" else "online", silent=True))
 
 
 def _count_lines(file: Path, keep: int) -> int:
