@@ -126,6 +126,18 @@ def checkpoints(arguments: argparse.Namespace) -> int:
     return 3 if any(row["problem"] for row in rows) else 0
 
 
+def dashboard(arguments: argparse.Namespace) -> int:
+    """Save a wandb workspace with sections and panels for a run."""
+    from hybrid_dist.config import load_config
+    from hybrid_dist.tracking.workspace import save_workspace
+
+    config_file = arguments.run_folder / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{arguments.run_folder} is not a run's folder (it has no config.yaml)")
+    print(save_workspace(load_config(config_file)))
+    return 0
+
+
 def _checkpoint_table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -281,6 +293,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     command.add_argument("--json", action="store_true", help="plain values on standard output")
     command.set_defaults(run=checkpoints)
+    command = commands.add_parser("dashboard", help="save a wandb workspace", description=dashboard.__doc__)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    command.set_defaults(run=dashboard)
     _add_plan(commands)
     _add_check_data(commands)
     model.add(commands)

@@ -155,6 +155,12 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     log_every: int = Field(10, ge=1)
     """Optimizer steps between lines in metrics.jsonl."""
+    wandb: Literal["auto", "off", "offline", "online"] = "auto"
+    """`auto` takes WANDB_MODE, if it is set, else `online` where somebody is logged in, else `offline`."""
+    project: str | None = None
+    """wandb's project. Default: WANDB_PROJECT, else hybrid-dist."""
+    entity: str | None = None
+    """wandb's team or user. Default: the one that is logged in."""
 
 
 class DebugConfig(Section):

@@ -18,6 +18,8 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
+# Nobody's login and no network, in this process and in all that it starts; the tests of wandb say `offline`.
+os.environ["WANDB_MODE"] = "disabled"
 TYPES = ("A320", "B737-800", "ATR72")
 AIRLINES = ("Blue Wings", "Red Air")
 

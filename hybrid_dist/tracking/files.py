@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_dist.files import write_atomic
+from hybrid_dist.tracking.sink import Position, Sink, Values
 
 
 class Lines:
@@ -84,6 +85,17 @@ class Lines:
             os.close(self._file)
 
 
+class MetricsFile(Sink):
+    """metrics.jsonl, to be told before all that read it."""
+
+    def __init__(self, lines: Lines):
+        self._lines = lines
+
+    def metrics(self, at: Position, values: Values) -> None:
+        where = {"phase": at.phase, "epoch": at.epoch, "step": at.step, "samples": at.samples, "time": time.time()}
+        self._lines.write(json_line({**where, **values}))
+
+
 def json_line(values: dict[str, Any]) -> str:
     """Values as a line; JSON has no NaN and no infinity, they stand as null."""
     return json.dumps({key: None if _not_finite(value) else value for key, value in values.items()}, allow_nan=False)
@@ -106,17 +118,18 @@ class Status:
         if self.is_main:
             self._write(state, phase, step, reason)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> str:
         """The run has failed where it was last heard of; for whichever process can still write.
 
-        The first reason stays: where one rank fails, the others fail for want of it.
+        The first reason stays: where one rank fails, the others fail for want of it. Returns the one that stands.
         """
         last = {}
         with contextlib.suppress(OSError, ValueError):
             last = json.loads(self._path.read_text(encoding="utf-8"))
         if last.get("state") == "failed" and self._begun:  # and not of an earlier start
-            return
+            return str(last.get("reason"))
         self._write("failed", last.get("phase"), last.get("step", 0), reason)
+        return reason
 
     def _write(self, state: str, phase: str | None, step: int, reason: str) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,14 +1,16 @@
-"""What a person sees: a bar on a terminal, a line every 30 s in a log file."""
+"""What a person sees: a bar and tables on a terminal, a line every 30 s in a log file."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from hybrid_dist.tracking.sink import Judgement, Position, Sink, Values
 
 QUIET_INTERVAL = 30.0
 
@@ -18,7 +20,7 @@ def _whatever_becomes_of_it() -> contextlib.suppress:
     return contextlib.suppress(OSError, ValueError)
 
 
-class Terminal:
+class Terminal(Sink):
     """Progress and messages of a run on standard error; says nothing where `quiet`."""
 
     def __init__(self, quiet: bool):
@@ -27,66 +29,109 @@ class Terminal:
         self.live = not quiet and sys.stderr.isatty()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._said = 0.0
+        self._said = time.monotonic()
         self._begun = (0.0, 0)
-        self._where = ("", 0, 0)
+        self._where = ("", 0, 0, 0)
+        self._paces: dict[str, tuple[float, int]] = {}
+        self._notes: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         """A line of its own."""
+        bar = self._bar  # another thread may end it meanwhile
         if not self.quiet:
             with _whatever_becomes_of_it():
-                (self._bar.console if self._bar else self.console).print(text, markup=False)
+                (bar.console if bar else self.console).print(text, markup=False)
 
-    def begin(self, label: str, done: int, total: int) -> None:
-        """Start on `total` units of something, `done` of them made already."""
+    def start(self, label: str, done: int, total: int, later: int = 0) -> None:
+        """Begin with `total` units of something, `done` of them made already; `later` come after them."""
         self.end()
-        self._where = (label, done, total)
+        self._where = (label, done, total, later)
         self._begun = (time.monotonic(), done)
-        self._said = time.monotonic()
         if self.live:
             columns = (
                 TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}"),
             )  # fmt: skip
             self._bar = Progress(*columns, console=self.console, transient=True)
             with _whatever_becomes_of_it():
                 self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, done: int) -> None:
         """`done` units are made by now."""
-        label, _, total = self._where
-        self._where = (label, done, total)
+        label, _, total, later = self._where
+        self._where = (label, done, total, later)
         if self._bar is not None and self._task is not None:
             with _whatever_becomes_of_it():
-                self._bar.update(self._task, completed=done, note=note)
+                self._bar.update(self._task, completed=done, note=self._note())
         elif not self.quiet and time.monotonic() - self._said >= QUIET_INTERVAL:
             self._said = time.monotonic()
-            self.say(f"{label}: {done} of {total}, {self._left(done, total)} left  {note}".rstrip())
+            self.say(f"{label}: {done} of {total}, {self._note()}")
 
-    def _left(self, done: int, total: int) -> str:
+    def _note(self) -> str:
+        """Time left for what is begun, and for all of the run where more comes after it; then the newest figures."""
+        label, done, total, later = self._where
+        if label not in self._notes.get("of", label):
+            return self._left(total - done)
+        left = self._left(total - done) + (f" ({self._left(total - done + later)} for the run)" if later else "")
+        return "  ".join([left, *(text for key, text in self._notes.items() if key != "of")])
+
+    def _left(self, units: int) -> str:
+        seconds, made = self._pace()
+        if made <= 0:
+            return "unknown time left"
+        left = int(units * seconds / made)
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+
+    def _pace(self) -> tuple[float, int]:
+        """Seconds and units of what is begun, over all its parts: a phase goes on after each validation."""
+        label, done, *_ = self._where
         since, first = self._begun
-        rate = (done - first) / max(time.monotonic() - since, 1e-9)
-        if rate <= 0:
-            return "unknown time"
-        seconds = int((total - done) / rate)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        seconds, made = self._paces.get(label, (0.0, 0))
+        return seconds + time.monotonic() - since, made + done - first
 
     def end(self) -> None:
         """The bar goes."""
+        if self._where[0]:
+            self._paces[self._where[0]] = self._pace()
+            self._where, self._begun = ("", 0, 0, 0), (time.monotonic(), 0)
         if self._bar is not None:
             with _whatever_becomes_of_it():
                 self._bar.stop()
         self._bar = self._task = None
 
-    def metrics(self, title: str, values: Mapping[str, float | None], tasks: Sequence[str]) -> None:
-        """A validation's result: score and loss, then each task's own metrics."""
-        parts = [f"score {values['val/score']:.4f}, loss {values['val/loss']:.4f}"]
-        for task in tasks:
-            own = {
-                key.removeprefix(f"val/{task}_"): value
-                for key, value in values.items()
-                if key.startswith(f"val/{task}_")
-            }
-            parts.append(f"{task} " + " ".join(f"{key} {value:.3f}" for key, value in own.items() if value is not None))
-        self.say(f"{title}: " + "; ".join(parts))
+    def metrics(self, at: Position, values: Values) -> None:
+        self._notes["of"] = f"phase {at.phase}"
+        for key, name, digits in (("train/loss", "loss", 4), ("val/score", "score", 4)):
+            value = values.get(key)
+            if value is not None:
+                self._notes[name] = f"{name} {value:.{digits}f}"
+        speed = values.get("perf/images_per_s")
+        if speed is not None:
+            self._notes["speed"] = f"{speed:.0f} pictures/s"
+
+    def validated(self, judgement: Judgement) -> None:
+        """Score and loss, then each task's own metrics: a table on a terminal, one line in a log."""
+        values = judgement.metrics
+        head = f"{judgement.at.title}: score {values['val/score']:.4f}, loss {values['val/loss']:.4f}"
+        rows = {task.name: _own(values, task.name) for task in judgement.tasks}
+        if not self.live:
+            parts = [f"{name} " + " ".join(f"{key} {text}" for key, text in own.items()) for name, own in rows.items()]
+            self.say("; ".join([head, *parts]))
+            return
+        columns = list(dict.fromkeys(key for own in rows.values() for key in own))
+        table = Table("task", *columns, title=head, title_justify="left", title_style="bold", box=None)
+        for name, own in rows.items():
+            table.add_row(name, *(own.get(key, "") for key in columns))
+        with _whatever_becomes_of_it():
+            self.console.print(table)
+
+    def close(self) -> None:
+        self.end()
+
+
+def _own(values: Values, task: str) -> dict[str, str]:
+    """A task's metrics by their short names."""
+    prefix = f"val/{task}_"
+    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    return {key: f"{value:.3f}" for key, value in own.items() if value is not None}

@@ -17,7 +17,7 @@ from hybrid_dist.config import PhaseConfig
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
-from hybrid_dist.tracking import Lines, json_line
+from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks, json_line
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
 from hybrid_dist.training.optim import learning_rate
@@ -97,6 +97,8 @@ class PhaseLoop:
         self.length = job.length(phase)
         self.losses = LossLog(self.control, state.pending)
         self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
+        first = [MetricsFile(self.files["metrics"])] if self.files else []
+        self.sinks = Sinks([*first, job.sinks])  # what reads the file is told after it
         self.bad = self._bad_pictures()
         if self.bad.lines is not None:
             self.files[BAD_PICTURES] = self.bad.lines
@@ -104,7 +106,6 @@ class PhaseLoop:
         self._waited = self._worked = 0.0
         self._seen = 0
         self.lr = 0.0
-        self.last_loss = ""
         self._judged: Judged | None = None
 
     def _lines(self, name: str) -> Lines:
@@ -151,8 +152,8 @@ class PhaseLoop:
         return self.saver.newest
 
     def _begin(self) -> None:
-        label = f"phase {self.phase.name}"
-        self.job.terminal.begin(label, self.state.phase_step, self.length.total)
+        label, later = f"phase {self.phase.name}", self.job.steps_after(self.phase)
+        self.job.terminal.start(label, self.state.phase_step, self.length.total, later)
 
     def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, int]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
@@ -200,7 +201,7 @@ class PhaseLoop:
         self.state.validation_due = self.length.ends_epoch(step)
         if self.state.validation_due or step % self.config.tracking.log_every == 0:
             self._log()
-        self.job.terminal.advance(step, self._note())
+        self.job.terminal.advance(step)
         every = self.config.checkpoint.every_steps
         if self.state.validation_due:
             self._validate()
@@ -208,20 +209,13 @@ class PhaseLoop:
         elif every and step % every == 0:
             self._save(wait=False)
 
-    def _note(self) -> str:
-        score = f"best {self.state.best_score:.4f}" if self.state.best_score is not None else ""
-        return f"{self.last_loss} {score}".strip()
+    def _at(self) -> Position:
+        epoch = self.length.epoch(self.state.phase_step)
+        return Position(self.phase.name, epoch, self.state.step, self.state.samples)
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
         if self.topology.is_main:
-            where = {
-                "phase": self.phase.name,
-                "epoch": self.length.epoch(self.state.phase_step),
-                "step": self.state.step,
-                "samples": self.state.samples,
-                "time": time.time(),
-            }
-            self.files["metrics"].write(json_line({**where, **values}))
+            self.sinks.metrics(self._at(), values)
 
     def _log(self) -> None:
         began = time.monotonic()
@@ -240,7 +234,6 @@ class PhaseLoop:
         values["perf/peak_memory_gb"] = _peak_memory_gb(self.topology.device)
         self._waited = self._worked = 0.0
         self._seen = 0
-        self.last_loss = f"loss {total:.4f}"
         self._write_metrics(values)
         self.job.status("running", self.phase.name, self.state.step, self.topology.label)
 
@@ -255,16 +248,14 @@ class PhaseLoop:
         if result is not None:
             names = [job.val_table.filename(int(row)) for row in result.rows]
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
+            self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
         self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, files)
         self._write_metrics(metrics)
-        epoch = self.length.epoch(self.state.phase_step)
-        names = [task.name for task in job.tasks]
-        job.terminal.metrics(f"phase {self.phase.name}, epoch {epoch}, step {self.state.step}", metrics, names)
         self._save(wait=self.state.phase_step == self.length.total)
 
     def _run_validation(self) -> Validated | None:
         job, feed = self.job, Feed(self.val)
-        job.terminal.begin("validation", 0, len(job.val_table))
+        job.terminal.start("validation", 0, len(job.val_table))
         seen = 0
 
         def tick(samples: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -33,12 +34,13 @@ from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
+from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Topology, agree, decide, differences, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
-from hybrid_dist.tracking import Status, Terminal
+from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
@@ -82,6 +84,8 @@ class Job:
     watch: Watch
     status: Status
     terminal: Terminal
+    sinks: Sinks
+    """Those that last for the whole run, the terminal among them."""
 
     @property
     def tables(self) -> dict[str, Table]:
@@ -97,8 +101,19 @@ class Job:
         """What is to be said of any model of this run."""
         return describe_model(self.config, self.class_maps, self.tables)
 
+    def val_picture(self, row: int) -> np.ndarray:
+        """A validation picture's pixels, for a person: uint8 (height, width, 3), RGB."""
+        if "val" in self.packed:
+            return self.packed["val"].picture(row)
+        return read_picture(self.val_table.images / self.val_table.filename(row), self.config.data.image_size)
+
     def length(self, phase: PhaseConfig) -> Length:
         return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
+
+    def steps_after(self, phase: PhaseConfig) -> int:
+        """Optimizer steps of all later phases."""
+        phases = self.config.phases
+        return sum(self.length(later).total for later in phases[phases.index(phase) + 1 :])
 
     def build(self, load: bool) -> Hybrid:
         """The model on the host, with its configured weights if `load`, else with fresh ones."""
@@ -169,18 +184,24 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         return DONE
     except Stopped as asked:
         job.status("stopped", state.phase, state.step, str(asked))
+        job.sinks.ended("stopped", str(asked))
         job.stop.done(terminal.say)
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return EXIT_STOPPED
     except UserError as error:
+        reason = str(error)
         if error.shared:
-            job.status("failed", state.phase, state.step, str(error))
+            job.status("failed", state.phase, state.step, reason)
         else:
-            job.status.failed(_at_rank(topology, str(error)))
+            reason = job.status.failed(_at_rank(topology, reason))
+        job.sinks.ended("failed", reason)
         raise
     except Exception as error:
-        job.status.failed(_at_rank(topology, f"{type(error).__name__}: {error}"))
+        reason = job.status.failed(_at_rank(topology, f"{type(error).__name__}: {error}"))
+        job.sinks.ended("failed", reason)
         raise
+    finally:
+        job.sinks.close()
 
 
 def _at_rank(topology: Topology, reason: str) -> str:
@@ -208,13 +229,33 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
     place = (topology.rank, topology.world_size)
-    watch = Watch(config.folder, place, config.train.stall_timeout, status.failed)
+    lengths = {phase.name: Length.of(phase, len(train_table), train.global_batch_size).total for phase in config.phases}
+    sinks = Sinks(_sinks(config, topology, terminal, lengths))
+
+    def stuck(reason: str) -> None:
+        status.failed(reason)
+        sinks.ended("stuck", reason)
+        sinks.close()
+
+    watch = Watch(config.folder, place, config.train.stall_timeout, stuck)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
+        sinks=sinks,
     )  # fmt: skip
+
+
+def _sinks(config: Config, topology: Topology, terminal: Terminal, lengths: dict[str, int]) -> list[Sink]:
+    """What this rank tells its news to. Another sink comes in here."""
+    mode = choose_mode(config.tracking.wandb)
+    if topology.is_main:
+        if mode == "online" and not logged_in():  # wandb would ask on the terminal
+            raise UserError("tracking.wandb is online, and nobody is logged in; wandb login or offline would do")
+        return [terminal, *([Wandb(config, mode, lengths, terminal.say)] if mode != "off" else [])]
+    node, local_rank = divmod(topology.rank, topology.local_world_size)
+    return [NodeFacts(config.folder / "wandb", node)] if mode != "off" and node > 0 and local_rank == 0 else []
 
 
 def _choose_packed(job: Job) -> dict[str, str]:
@@ -472,6 +513,7 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
 def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
     """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
     job.watch.beat("building the model")
+    job.sinks.begin(state, state.positions.get("metrics", 0))
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
@@ -549,6 +591,9 @@ def _finish(job: Job, state: TrainState) -> None:
     else:
         reason = "all phases are finished"
         decide(job.topology, lambda: _publish(job, state))
+        facts = {"step": state.best_step, "metrics": state.best_metrics}
+        job.sinks.published(str(job.folder.absolute() / "model"), facts)
     if state.finished:
         job.status("finished", state.phase, state.step, reason)
+        job.sinks.ended("finished", reason)
     job.terminal.say(f"{reason}: {job.folder}")

@@ -30,6 +30,8 @@ class TrainState:
     """Length in bytes of metrics.jsonl and trace.jsonl; a resume cuts them back to it."""
     engine: dict[str, Any] = field(default_factory=dict)
     """The backend's own: the loss scaler."""
+    wandb_id: str | None = None
+    """Of wandb's run: one for all phases and starts."""
     data: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each split's CSV and of each task's classes."""
 
@@ -45,7 +47,10 @@ class TrainState:
 
     def begin(self, phase: str) -> None:
         """Go on to the start of another phase; what counts over the whole run stays."""
-        fresh = TrainState(phase, step=self.step, samples=self.samples, positions=self.positions, data=self.data)
+        fresh = TrainState(
+            phase, step=self.step, samples=self.samples, positions=self.positions, data=self.data,
+            wandb_id=self.wandb_id,
+        )  # fmt: skip
         for entry in fields(self):
             setattr(self, entry.name, getattr(fresh, entry.name))
 
