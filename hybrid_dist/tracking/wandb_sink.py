@@ -30,7 +30,7 @@ PATIENCE = 5.0
 TRIES = 8
 PAUSE = 0.05
 """Seconds after a first failed try; each later one waits twice as long."""
-HELD = 2
+HELD = 8
 """Validations whose pictures may wait for wandb; older ones are left out."""
 _BEST = {"acc1": "max", "acc5": "max", "f1": "max", "corr": "max", "mae": "min", "rmse": "min"}
 
@@ -337,6 +337,8 @@ def _load(folder: Path) -> None:
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "data").absolute()))  # pictures of tables are staged there
     os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "cache").absolute()))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # Another program's wandb process would outlive a killed training, and say that the run is in use.
+    os.environ.pop("WANDB_SERVICE", None)
     from hybrid_dist.tracking.media import load
 
     load()
