@@ -38,6 +38,10 @@ def _train(stop: Stop) -> int:
             topology = start(config.train.precision, config.train.stall_timeout, same)
         code = run(config, topology, stop, arguments.phase, arguments.fresh)
         leave()
+        if code == 0 and topology.is_main and config.tracking.report:
+            from hybrid_dist.report.run.close import write_if_behind
+
+            write_if_behind(config.folder, _say)
         return code
     except UserError as error:
         # What all ranks run into, rank 0 says; what one has met alone, it says itself. Before they have joined, each

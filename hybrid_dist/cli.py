@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
-from hybrid_dist.commands import compare, model
+from hybrid_dist.commands import compare, model, report
 from hybrid_dist.commands.bar import bar
 from hybrid_dist.errors import UserError
 
@@ -300,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_check_data(commands)
     model.add(commands)
     compare.add(commands)
+    report.add(commands)
     _add_bench(commands)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,6 +87,13 @@ class ModelConfig(Section):
 SCORE_WEIGHTS = {"type": 0.5, "airline": 0.2, "clarity": 0.15, "block": 0.15}
 
 
+METRICS: dict[str, dict[str, int]] = {
+    "classification": {"acc1": 1, "acc5": 1, "f1": 1},
+    "regression": {"mae": -1, "rmse": -1, "corr": 1},
+}
+"""By kind of task: what validation tells of it, `val/TASK_…`, and whether more (1) or less (-1) is better."""
+
+
 class TaskConfig(Section):
     kind: Literal["classification", "regression"]
     """Classes with cross-entropy, or a score in 0–1 with smooth L1."""
@@ -161,6 +169,10 @@ class TrackingConfig(Section):
     """wandb's project. Default: WANDB_PROJECT, else hybrid-dist."""
     entity: str | None = None
     """wandb's team or user. Default: the one that is logged in."""
+    report: bool = True
+    """Write RUN/report.html at the end; hybrid-dist report does it at any time."""
+    goals: dict[str, float] = {}
+    """What the report holds the run against, by metric without `val/`, such as `{score: 0.9, clarity_mae: 0.05}`."""
 
 
 class DebugConfig(Section):
@@ -187,6 +199,21 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _goals_of_metrics(self) -> Config:
+        known = self.metrics()
+        for name in self.tracking.goals:
+            if name not in known:
+                raise ValueError(f"tracking.goals.{name}: is no metric of this run; {', '.join(known)} are")
+        return self
+
+    def metrics(self) -> dict[str, int]:
+        """What validation tells, without `val/`: more (1) or less (-1) is better."""
+        each = {
+            f"{name}_{key}": better for name, task in self.tasks.items() for key, better in METRICS[task.kind].items()
+        }
+        return {"score": 1, **each, **{f"loss_{name}": -1 for name in self.tasks}, "loss": -1}
 
     @model_validator(mode="after")
     def _distinct_phases(self) -> Config:
@@ -241,6 +268,11 @@ def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
     else:
         return [(prefix, values)]
     return [pair for key, value in entries for pair in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def without_logins(text: str) -> str:
+    """The text without what stands before an @ in an address: it is for more eyes than the config."""
+    return re.sub(r"://[^/@\s\"']+@", "://", text)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

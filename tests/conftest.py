@@ -127,8 +127,25 @@ def tiny_values(data: Path, folder: Path) -> dict[str, Any]:
             {"name": "b", "trainable": ["heads", "fusion", "transformer"], "steps": 10, "lr": 5e-4},
             {"name": "c", "trainable": ["all"], "steps": 10, "lr": 2e-4},
         ],
-        "debug": {"trace": True},
+        "tracking": {"report": False}, "debug": {"trace": True},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three phases in bf16; not to be changed."""
+    import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    values = tiny_values(tiny_data, folder)
+    values["train"]["precision"] = "bf16"
+    values["phases"] = [phase | {"steps": 4, "lr": 3e-3} for phase in values["phases"]]
+    YAML().dump(values, folder / "config.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", str(folder / "config.yaml")])
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert train.main() == 0
+    return folder / "runs" / "tiny"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from hybrid_dist.distributed.control import Control
@@ -206,6 +207,7 @@ def _label(accelerator: Accelerator) -> str:
 
 
 def leave() -> None:
-    """Part from the other processes; safe to call twice."""
+    """Part from the other processes; safe to call twice. Another run may begin in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep this one's precision and device
     if dist.is_initialized():
         dist.destroy_process_group()

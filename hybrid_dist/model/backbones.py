@@ -106,7 +106,11 @@ class Backbone(nn.Module):
 
 def extract(net: Any, images: Tensor) -> Features:
     """Run a timm model up to its classifier: float (B, 3, H, W), normalised → pooled (B, C) and tokens (B, N, D)."""
-    features = net.forward_features(images)
+    return arrange(net, net.forward_features(images))
+
+
+def arrange(net: Any, features: Any) -> Features:
+    """What a timm model's last feature map gives, whatever its layout."""
     pooled = net.forward_head(features, pre_logits=True)
     if not isinstance(features, Tensor) or features.ndim not in (3, 4) or pooled.ndim != 2:
         raise ValueError("it doesn't give one feature map and one pooled vector")

@@ -59,10 +59,13 @@ class Hybrid(nn.Module):
 
     def _fuse(self, images: Tensor) -> tuple[dict[str, Features], Tensor]:
         branches = {part: branch(images) for part, branch in self.branches().items()}
-        fused = self.fusion(
+        return branches, self.fuse(branches)
+
+    def fuse(self, branches: Mapping[str, Features]) -> Tensor:
+        """What each branch gives → (B, out_features)."""
+        return self.fusion(
             [features.pooled for features in branches.values()], [features.tokens for features in branches.values()]
         )
-        return branches, fused
 
     def branches(self) -> dict[str, Backbone]:
         """The backbones that there are, cnn first."""

@@ -14,8 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#3f87c9", "#e0862d")
-"""Of the splits, in their order: readable on white and on black."""
+COLOURS = ("#3f87c9", "#e0862d", "#3f9d5f", "#b566c4", "#cc5252", "#8b8a3a")
+"""Of splits and curves, in their order: readable on white and on black."""
 
 BARS = 40
 """Classes in a plot, the largest first."""
@@ -70,6 +70,93 @@ def class_shares(name: str, counts: Mapping[str, Mapping[str, int]]) -> str:
     return made[0]
 
 
+def curves(
+    name: str,
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    begins: Mapping[str, int],
+    resumed: Sequence[int],
+    log: bool = False,
+) -> str:
+    """Values over a run's steps; empty where there are none.
+
+    Args:
+        series: steps and values, (n,) each, by what they are called.
+        begins: each phase's first step, which is marked with its name.
+        resumed: steps at which the run was gone on with, marked by triangles.
+        log: a logarithmic scale.
+    """
+    if not series:
+        return ""
+    with _figure(name, 2.4) as (axes, made):
+        for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
+            dots = "o" if len(steps) < 40 else ""
+            axes.plot(steps, values, color=colour, linewidth=1.4, label=label, marker=dots, markersize=3)
+        if log:
+            axes.set_yscale("log")
+        across = axes.get_xaxis_transform()
+        for phase, step in begins.items():
+            axes.axvline(step, color=_INK, linewidth=0.8, linestyle=":", alpha=0.6)
+            text = axes.text(step, 1.0, f" {phase}", transform=across, color=_INK, alpha=0.75, va="bottom")
+            text.set_parse_math(False)
+        if resumed:
+            axes.plot(resumed, [0.0] * len(resumed), "^", transform=across, color=_INK, markersize=6, label="resumed")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    return made[0]
+
+
+def scatter(name: str, labels: np.ndarray, predictions: np.ndarray) -> str:
+    """Predictions of scores by their labels, (n,) each, in 0–1; the line is where they are the same."""
+    with _figure(name, 4.2) as (axes, made):
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", alpha=0.7)
+        axes.scatter(labels, predictions, s=9, color=COLOURS[0], alpha=0.45, linewidths=0)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("label", color=_INK)
+        axes.set_ylabel("prediction", color=_INK)
+    return made[0]
+
+
+def confusion(name: str, classes: Sequence[str], counts: np.ndarray) -> str:
+    """Which class (rows) is taken for which (columns): counts (K, K), shaded by their share of the row."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    right = np.eye(len(classes), dtype=bool)
+    shades = np.zeros((*shares.shape, 4))
+    for mask, colour in ((right, COLOURS[0]), (~right, COLOURS[4])):
+        shades[mask] = _rgba(colour)
+    shades[..., 3] = shares**0.5  # a mistake of one in fifty is to be seen
+    with _figure(name, max(1.9 + 0.16 * len(classes), 3.4)) as (axes, made):
+        axes.imshow(shades, interpolation="nearest")
+        shown = [label if len(label) <= 22 else label[:21] + "…" for label in classes]
+        axes.set_xticks(np.arange(len(classes)), shown, rotation=90)
+        axes.set_yticks(np.arange(len(classes)), shown)
+        for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            text.set_parse_math(False)
+            text.set_fontsize(9 if len(classes) <= 20 else 6)
+        axes.set_xlabel("taken for", color=_INK)
+        axes.set_ylabel("label", color=_INK)
+    return made[0]
+
+
+def reliability(name: str, sure: Sequence[float], right: Sequence[float], counts: Sequence[int]) -> str:
+    """How often answers are right by how sure they were: means over bins, and how many answers fell into each."""
+    with _figure(name, 3.2) as (axes, made):
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", alpha=0.7)
+        sizes = 14 + 240 * np.array(counts) / max(sum(counts), 1)
+        axes.plot(sure, right, color=COLOURS[0], linewidth=1.2)
+        axes.scatter(sure, right, s=sizes, color=COLOURS[0], alpha=0.8, linewidths=0)
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("probability that was told", color=_INK)
+        axes.set_ylabel("share that is right", color=_INK)
+    return made[0]
+
+
+def _rgba(colour: str) -> tuple[float, float, float, float]:
+    from matplotlib.colors import to_rgba
+
+    return to_rgba(colour)
+
+
 def left_out(counts: Mapping[str, Mapping[str, int]]) -> str:
     """What a caption says where there are more classes than bars."""
     number = len({label for values in counts.values() for label in values})
@@ -114,7 +201,7 @@ def _figure(name: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
             axes.spines[side].set_visible(False)
         for side in ("left", "bottom"):
             axes.spines[side].set_color(_INK)
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=_INK, which="both")
         # Beside the axes: within, it would lie on bars.
         figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
         out = io.StringIO()

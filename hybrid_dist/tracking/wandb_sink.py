@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybrid_dist.config import Config
+from hybrid_dist.config import Config, without_logins
 from hybrid_dist.tracking.nodes import node_facts
 from hybrid_dist.tracking.offline import cut_back
 from hybrid_dist.tracking.sink import HasId, Judgement, Position, Sink, Values
@@ -32,7 +32,6 @@ PAUSE = 0.05
 """Seconds after a first failed try; each later one waits twice as long."""
 HELD = 8
 """Validations whose pictures may wait for wandb; older ones are left out."""
-_BEST = {"acc1": "max", "acc5": "max", "f1": "max", "corr": "max", "mae": "min", "rmse": "min"}
 
 
 class WandbError(Exception):
@@ -251,7 +250,7 @@ class _Follower:
         self.run = self._try(lambda: wandb.init(**wanted))
         if sink.mode == "online":
             self._first = int(self.run.step or 0)  # the server tells what it has
-        for definition in _definitions(list(config.tasks)):
+        for definition in _definitions(config):
             self._try(lambda: self.run.define_metric(**definition))  # noqa: B023 (called at once)
 
     def _read(self, file: Path, end: int) -> Iterator[dict[str, Any]]:
@@ -354,7 +353,7 @@ def _count_lines(file: Path, keep: int) -> int:
 
 def _for_wandb(config: Config, lengths: Mapping[str, int]) -> dict[str, Any]:
     """The resolved config, without what stands before an @ in an address; and the steps at which the phases begin."""
-    values: dict[str, Any] = json.loads(re.sub(r"://[^/@\s\"]+@", "://", json.dumps(config.model_dump(mode="json"))))
+    values: dict[str, Any] = json.loads(without_logins(json.dumps(config.model_dump(mode="json"))))
     begins, at = {}, 0
     for name, length in lengths.items():
         begins[name] = at + 1
@@ -362,17 +361,14 @@ def _for_wandb(config: Config, lengths: Mapping[str, int]) -> dict[str, Any]:
     return {**values, "phase_begins": begins, "steps": at}
 
 
-def _definitions(tasks: list[str]) -> Iterator[dict[str, Any]]:
+def _definitions(config: Config) -> Iterator[dict[str, Any]]:
     """Axes, and which value of a metric the summary shows. Each names its axis: a definition replaces another."""
     for axis in ("step", "samples"):
         yield {"name": axis, "hidden": True}
     for name in ("train/*", "val/*", "perf/*", "node/*", "phase_index", "epoch"):
         yield {"name": name, "step_metric": "step"}
-    yield {"name": "val/score", "step_metric": "step", "summary": "max"}
-    yield {"name": "val/loss", "step_metric": "step", "summary": "min"}
-    for task in tasks:
-        for metric, best in _BEST.items():
-            yield {"name": f"val/{task}_{metric}", "step_metric": "step", "summary": best}
+    for name, better in config.metrics().items():
+        yield {"name": f"val/{name}", "step_metric": "step", "summary": "max" if better > 0 else "min"}
 
 
 def _log_model(run: Any, name: str, folder: str, metadata: dict[str, Any]) -> None:

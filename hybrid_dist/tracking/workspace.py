@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid_dist.config import Config
+from hybrid_dist.config import METRICS, Config
 from hybrid_dist.errors import UserError
 from hybrid_dist.tracking.wandb_sink import logged_in, project_of
 
 INSTALL = "pip install 'hybrid-dist[dashboard]' would do"
-_METRICS = {"classification": ("acc1", "acc5", "f1"), "regression": ("mae", "rmse", "corr")}
 _MATRIX = {key: key for key in ("Actual", "Predicted", "nPredictions")}
 
 
@@ -59,7 +58,7 @@ def build_workspace(config: Config, entity: str) -> Any:
 
 def _task_panels(name: str, kind: str, lines: Any, reports: Any) -> list[Any]:
     """A task's curves, and its charts of the last validation."""
-    panels = [lines(f"val/{name}_{metric}") for metric in _METRICS.get(kind, ())]
+    panels = [lines(f"val/{name}_{metric}") for metric in METRICS[kind]]
     if kind == "classification":
         charts = {
             "confusion": ("wandb/confusion_matrix/v1", _MATRIX),

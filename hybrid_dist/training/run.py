@@ -53,6 +53,7 @@ from hybrid_dist.training.publish import (
     publish_best,
     publish_model,
 )  # fmt: skip
+from hybrid_dist.training.starts import note_start
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
@@ -574,6 +575,8 @@ def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) ->
         f" ({counts['trainable'] / 1e6:.1f} of {counts['total'] / 1e6:.1f} M parameters) for {length.total} steps"
         f" of {job.config.train.global_batch_size} on {job.topology.label}{at}"
     )
+    if job.topology.is_main:
+        note_start(job.folder, state, job.topology)
 
 
 def _publish(job: Job, state: TrainState) -> None:

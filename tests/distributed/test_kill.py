@@ -30,7 +30,7 @@ def make_config(data: Path, folder: Path) -> Path:
     values["model"]["dropout"] = 0.1
     values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.1
     values["checkpoint"] = {"every_steps": 2, "keep": 2}
-    values["tracking"] = {"log_every": 3}
+    values["tracking"] |= {"log_every": 3}
     for phase, steps in zip(values["phases"], (7, 9, 8), strict=True):
         phase["steps"] = steps
     values["phases"][2]["carry_optimizer"] = True

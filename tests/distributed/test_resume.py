@@ -21,7 +21,7 @@ CUT = 17
 def start(data: Path, folder: Path, config_file: str | None, micro: int) -> Path:
     values = tiny_values(data, folder)
     values["checkpoint"] = {"every_steps": 1, "keep": 100}
-    values["tracking"] = {"log_every": 5}
+    values["tracking"] |= {"log_every": 5}
     # What has randomness of its own must come back too.
     values["model"]["dropout"] = 0.1
     values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.1
@@ -105,7 +105,7 @@ def writers(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         folder = tmp_path_factory.mktemp("writer")
         values = tiny_values(tiny_data, folder)
         values["checkpoint"] = {"every_steps": 1, "keep": 100}
-        values["tracking"] = {"log_every": 4}
+        values["tracking"] |= {"log_every": 4}
         values["train"]["micro_batch_size"] = 4
         values["phases"] = values["phases"][:2]
         values["phases"][0]["steps"], values["phases"][1]["steps"] = 3, 12

@@ -1,20 +1,17 @@
-"""A tiny trained run, made once, and models with random weights that look like an export."""
+"""Copies of a trained run, and models with random weights that look like an export."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
-import train
 from hybrid_dist import cli
 from hybrid_dist.config import parse_config
 from hybrid_dist.data.labels import ClassMap
@@ -28,21 +25,6 @@ MAPS = {"type": ClassMap.from_names(TYPES), "airline": ClassMap.from_names(AIRLI
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of three phases in bf16; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    values = tiny_values(tiny_data, folder)
-    values["train"]["precision"] = "bf16"
-    values["phases"] = [phase | {"steps": 4, "lr": 3e-3} for phase in values["phases"]]
-    YAML().dump(values, folder / "config.yaml")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(folder / "config.yaml")])
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert train.main() == 0
-    return folder / "runs" / "tiny"
 
 
 @pytest.fixture

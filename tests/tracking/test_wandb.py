@@ -46,7 +46,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_config(data: Path, folder: Path, wandb: str, phases: list[dict[str, Any]] = PHASES) -> Path:
     values = tiny_values(data, folder) | {"phases": phases, "checkpoint": {"every_steps": 3, "keep": 3}}
-    values["tracking"] = {"log_every": 1, "wandb": wandb}
+    values["tracking"] |= {"log_every": 1, "wandb": wandb}
     folder.mkdir(parents=True, exist_ok=True)
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"

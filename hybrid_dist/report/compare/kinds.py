@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_dist.config import TaskConfig
+from hybrid_dist.config import METRICS, TaskConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.training.tasks import Metrics, Task, make_tasks
 
@@ -113,7 +113,7 @@ def training_task(name: str, config: TaskConfig, classes: tuple[str, ...] = ()) 
 class Classification(Kind):
     """Classes by name, the most probable one of each run."""
 
-    better: ClassVar[Mapping[str, int]] = {"acc1": 1, "acc5": 1, "f1": 1}
+    better: ClassVar[Mapping[str, int]] = METRICS["classification"]
     parts: ClassVar[tuple[str, ...]] = ("label", "prediction", "probability")
 
     def read(self, columns: Sequence[Sequence[str]]) -> Answers:
@@ -180,7 +180,7 @@ class Classification(Kind):
 class Regression(Kind):
     """Scores in 0–1."""
 
-    better: ClassVar[Mapping[str, int]] = {"mae": -1, "rmse": -1, "corr": 1}
+    better: ClassVar[Mapping[str, int]] = METRICS["regression"]
 
     def read(self, columns: Sequence[Sequence[str]]) -> Answers:
         labels, predictions = columns

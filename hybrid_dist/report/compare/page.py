@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_dist.data.annotations import filename_problem
-from hybrid_dist.data.pictures import PictureError, decode_picture
-from hybrid_dist.data.source import Source
-from hybrid_dist.errors import UserError
+from hybrid_dist.report.album import Album
 from hybrid_dist.report.compare.comparison import Comparison
 from hybrid_dist.report.compare.disagreement import Answer, Disagreement
 from hybrid_dist.report.compare.gates import Verdict
 from hybrid_dist.report.compare.metrics import Figure, Metric
 from hybrid_dist.report.compare.text import difference_text, legend, p_text, summaries, value_text, verdict_of
-from hybrid_dist.report.page import SIDE, render, small_copy
+from hybrid_dist.report.page import render
 
 PICTURES = 24
 """Of a task, on the page; `--json` has more."""
@@ -23,7 +20,7 @@ PICTURES = 24
 
 def comparison_page(comparison: Comparison, verdicts: Sequence[Verdict]) -> str:
     """The page's HTML. It asks nothing of the network and runs nothing; what comes from runs and data is escaped."""
-    album = _Album(comparison)
+    album = Album(run.config.data.val_images for run in comparison.runs)
     return render(
         "compare.html.j2",
         runs=comparison.runs,
@@ -65,11 +62,11 @@ def _bar(figure: Figure, scale: float) -> _Bar | None:
     return _Bar(*(50 + 50 * x / scale for x in (figure.difference_low, figure.difference_high, figure.difference)))
 
 
-def _disagreement(comparison: Comparison, found: Disagreement, album: _Album) -> dict[str, Any]:
+def _disagreement(comparison: Comparison, found: Disagreement, album: Album) -> dict[str, Any]:
     shown = found.examples[:PICTURES]
     examples = [
         {
-            "filename": example.filename, "label": example.label, "picture": album.picture(example.filename),
+            "filename": example.filename, "label": example.label, "picture": album.copy(example.filename),
             "answers": [
                 {"run": run.label, "text": _sure(answer), "mark": _mark(answer)}
                 for run, answer in zip(comparison.runs, example.answers, strict=True)
@@ -88,27 +85,3 @@ def _sure(answer: Answer) -> str:
 
 def _mark(answer: Answer) -> str:
     return "" if answer.right is None else "better" if answer.right else "worse"
-
-
-class _Album:
-    """Small copies of validation's pictures, as data URIs, from the first run whose folder of them is still there."""
-
-    def __init__(self, comparison: Comparison):
-        folders = dict.fromkeys(run.config.data.val_images for run in comparison.runs)
-        self._sources = [Source(images) for images in folders]
-        self._made: dict[str, str | None] = {}
-
-    def picture(self, filename: str) -> str | None:
-        """None of what can't be shown."""
-        if filename not in self._made:
-            self._made[filename] = next(filter(None, (_read(source, filename) for source in self._sources)), None)
-        return self._made[filename]
-
-
-def _read(source: Source, filename: str) -> str | None:
-    if filename_problem(filename):  # such as one that leaves the folder: training refuses it, this file is anyone's
-        return None
-    try:
-        return small_copy(decode_picture(source.read(filename), filename, SIDE))
-    except (PictureError, UserError):
-        return None

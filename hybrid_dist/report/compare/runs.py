@@ -74,13 +74,22 @@ def read_run(folder: Path, label: str) -> Run:
     done = _finished_phases(folder, phases)
     if not done:
         raise UserError(f"{folder}: no phase is finished yet; when {phases[0]} is, its best can be compared")
-    best_file = phase_folder(folder, done[-1]) / "best.json"
-    best = _json(best_file)
+    return read_best(folder, label, config, done[-1], finished=done == phases)
+
+
+def read_best(folder: Path, label: str, config: Config, phase: str, finished: bool) -> Run:
+    """Read a phase's best and its predictions.
+
+    Raises:
+        UserError: a file of the best is gone or not as it was written.
+    """
+    best_file = phase_folder(folder, phase) / "best.json"
+    best = read_object(best_file)
     if not isinstance(best.get("metrics"), dict):
         raise UserError(f"{best_file}: can't be read as what training writes; the run's best is gone")
-    filenames, answers = _read_predictions(phase_folder(folder, done[-1]) / PREDICTIONS, config)
+    filenames, answers = _read_predictions(phase_folder(folder, phase) / PREDICTIONS, config)
     return Run(
-        label=label, folder=folder, config=config, phase=done[-1], step=best.get("step"), finished=done == phases,
+        label=label, folder=folder, config=config, phase=phase, step=best.get("step"), finished=finished,
         metrics={key.removeprefix("val/"): value for key, value in best["metrics"].items()},
         filenames=filenames, answers=answers,
     )  # fmt: skip
@@ -90,13 +99,14 @@ def _finished_phases(folder: Path, phases: list[str]) -> list[str]:
     """Phases come in order: those before the one in status.json are finished, and all where there is a model."""
     if (folder / "model" / "model.json").is_file():
         return phases
-    status = _json(folder / "status.json")
+    status = read_object(folder / "status.json")
     if status.get("phase") not in phases:
         return []
     return phases[: phases.index(status["phase"]) + (status.get("state") == "finished")]
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

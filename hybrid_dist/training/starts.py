@@ -1,0 +1,42 @@
+"""starts.jsonl: when, where and on what each phase was begun or gone on with; never cut back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_dist.distributed import Topology
+from hybrid_dist.training.state import TrainState
+
+STARTS = "starts.jsonl"
+VERSIONS = ("hybrid-dist", "torch", "timm", "accelerate", "deepspeed", "albumentations")
+
+
+def note_start(folder: Path, state: TrainState, topology: Topology) -> None:
+    """Add a line: the position that training goes on from, the topology, the device, versions. Rank 0 alone."""
+    device = topology.device
+    facts = {
+        "time": time.time(), "phase": state.phase, "step": state.step, "goes_on": state.phase_step > 0,
+        "topology": topology.label,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"Python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+    }  # fmt: skip
+    with contextlib.suppress(OSError), (folder / STARTS).open("a", encoding="utf-8") as file:  # a full disk
+        file.write(json.dumps(facts) + "\n")
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """All of them, in order; none where there is no such file."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (folder / STARTS).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                found.append(json.loads(line))
+    return found
