@@ -88,7 +88,7 @@ SCORE_WEIGHTS = {"type": 0.5, "airline": 0.2, "clarity": 0.15, "block": 0.15}
 
 
 METRICS: dict[str, dict[str, int]] = {
-    "classification": {"acc1": 1, "acc5": 1, "f1": 1},
+    "classification": {"acc1": 1, "acc5": 1, "f1": 1, "ece": -1, "ece_calibrated": -1},
     "regression": {"mae": -1, "rmse": -1, "corr": 1},
 }
 """By kind of task: what validation tells of it, `val/TASK_…`, and whether more (1) or less (-1) is better."""

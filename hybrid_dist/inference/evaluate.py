@@ -22,6 +22,7 @@ from hybrid_dist.inference.found import FoundModel, find_model
 from hybrid_dist.inference.inputs import images_beside
 from hybrid_dist.inference.opened import OpenedModel, open_model
 from hybrid_dist.inference.outputs import check_folder_of
+from hybrid_dist.training.calibration import calibrated, errors_told
 from hybrid_dist.training.tasks import Metrics, Task
 from hybrid_dist.training.validate import Validated, gather, judge, metrics_of, predictions_csv
 
@@ -88,7 +89,7 @@ def evaluate(wish: Wish, place: Place, say: Callable[[str], None], tell: Callabl
     opened = agree(place, lambda: open_model(found, place.device, config.train.precision))
     for text in (found.note, *(f"warning: {line}" for line in describe_unseen(table.unseen))):
         say(text)
-    forward = mirrored(opened.forward, opened.tasks) if wish.flip else opened.forward
+    forward = mirrored(opened.raw, opened.tasks) if wish.flip else opened.raw
     bad: dict[int, str] = {}
     total, seen = len(table), 0
 
@@ -216,11 +217,12 @@ def _conclude(
     if wish.out is not None:
         names = [table.filename(int(row)) for row in result.rows]
         try:
-            write_atomic(wish.out, predictions_csv(result, opened.tasks, names))
+            told = calibrated(result, opened.description.temperature)
+            write_atomic(wish.out, predictions_csv(told, opened.tasks, names))
         except OSError as error:
             raise UserError(f"{wish.out}: can't be written: {error.strerror}") from None
     return Evaluation(
         model=str(wish.model), csv=str(table.csv), images=str(table.images), pictures=len(result.rows),
         unusable=unusable, flip=wish.flip, precision=opened.precision, processes=place.world_size,
-        metrics=metrics_of(result, opened.tasks),
+        metrics=metrics_of(result, opened.tasks) | errors_told(result, opened.tasks, opened.description.temperature),
     )  # fmt: skip

@@ -68,13 +68,17 @@ class OpenedModel:
         """What it computes in."""
         return next((name for name, dtype in _DTYPES.items() if dtype == self.dtype), "fp32")
 
-    @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, S, S), RGB, on the device → task → logits (B, K), by its temperature, or scores (B,), fp32."""
+        return tempered(self.raw(images), self.description.temperature)
+
+    @torch.inference_mode()
+    def raw(self, images: Tensor) -> dict[str, Tensor]:
+        """As `forward`, but logits are as the model gives them: training's losses and metrics are of these."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             fused = self.model.get_features(images)["fused"]
         # Heads compute in fp32 in any case: each leaving autocast for itself would take longer.
-        return tempered(self.model.answer(fused), self.description.temperature)
+        return self.model.answer(fused)
 
     def loader(
         self,

@@ -18,6 +18,7 @@ from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks, json_line
+from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
 from hybrid_dist.training.optim import learning_rate
@@ -25,6 +26,7 @@ from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
+from hybrid_dist.training.tasks import Metrics
 from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv, validate
 
 if TYPE_CHECKING:
@@ -63,7 +65,9 @@ class Judged:
 
     step: int
     score: float
-    metrics: dict[str, float | None]
+    metrics: Metrics
+    temperature: dict[str, float]
+    """By classification task, what its logits are divided by."""
     files: dict[str, str]
     """Its predictions; rank 0 has them."""
 
@@ -241,15 +245,21 @@ class PhaseLoop:
         """Validate, and save the result; if asked to stop on the way, nothing of it has happened."""
         job = self.job
         result = self._run_validation()
-        metrics = self.control.from_main(metrics_of(result, job.tasks) if result is not None else None)
+        temperature: dict[str, float] = {}
+        metrics: Metrics | None = None
+        if result is not None:
+            temperature, errors = calibration.fit(result, job.tasks)
+            metrics = metrics_of(result, job.tasks) | errors
+        metrics, temperature = self.control.from_main((metrics, temperature))
         assert metrics is not None
         self.state.validation_due = False
         files: dict[str, str] = {}
         if result is not None:
             names = [job.val_table.filename(int(row)) for row in result.rows]
+            result = calibration.calibrated(result, temperature)
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
             self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
-        self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, files)
+        self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, temperature, files)
         self._write_metrics(metrics)
         self._save(wait=self.state.phase_step == self.length.total)
 
@@ -274,16 +284,17 @@ class PhaseLoop:
         """If this step's validation is the best so far, note it. Returns the files that belong to it, and a way back:
         a best whose checkpoint can't be written is none, for its weights are lost."""
         state, judged = self.state, self._judged
-        before = state.best_score, state.best_step, state.best_metrics
+        before = state.best_score, state.best_step, state.best_metrics, state.best_temperature
 
         def back() -> None:
-            state.best_score, state.best_step, state.best_metrics = before
+            state.best_score, state.best_step, state.best_metrics, state.best_temperature = before
 
         if judged is None or judged.step != state.step:
             return {}, back
         if state.best_score is not None and judged.score <= state.best_score:
             return {}, back
         state.best_score, state.best_step, state.best_metrics = judged.score, judged.step, judged.metrics
+        state.best_temperature = judged.temperature
         return judged.files, back
 
     def _save(self, wait: bool) -> None:

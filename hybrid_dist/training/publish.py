@@ -17,7 +17,7 @@ from hybrid_dist.files import sync, write_atomic
 
 PREDICTIONS = "predictions_val.csv"
 BEST = "best.safetensors"
-KEYS = ("step", "metrics", "source", "sha256")
+KEYS = ("step", "metrics", "temperature", "source", "sha256")
 """What model.json says of the best that it is."""
 
 
@@ -66,6 +66,7 @@ def publish_best(run: Path, newest: Found, tick: Callable[[], None] = lambda: No
     partial.replace(folder / BEST)
     write_atomic(folder / PREDICTIONS, (checkpoint / PREDICTIONS).read_text(encoding="utf-8"))
     facts = {"phase": phase, "step": step, "score": best.state["best_score"], "metrics": best.state["best_metrics"]}
+    facts["temperature"] = best.state["best_temperature"]
     # Not the step alone: after going back behind a damaged checkpoint, the same step is made a second time.
     facts |= {"source": source, "sha256": written["sha256"]}
     write_atomic(folder / "best.json", json.dumps(facts, indent=1) + "\n")

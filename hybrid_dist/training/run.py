@@ -469,7 +469,7 @@ def _forget_lost_best(job: Job, state: TrainState) -> None:
     if state.finished or step is None or decide(job.topology, lambda: best_is_there(job.folder, phase, step)):
         return
     job.terminal.say(f"warning: the best so far, of step {step}, is gone or damaged; it will be one from here on")
-    state.best_score, state.best_step, state.best_metrics = None, None, {}
+    state.best_score, state.best_step, state.best_metrics, state.best_temperature = None, None, {}, {}
 
 
 def _position(job: Job, found: Found | None, only: str | None, fresh: bool, sums: dict[str, str]) -> TrainState:

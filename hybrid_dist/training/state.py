@@ -24,6 +24,8 @@ class TrainState:
     best_score: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, float | None] = field(default_factory=dict)
+    best_temperature: dict[str, float] = field(default_factory=dict)
+    """By classification task, what its logits are divided by."""
     pending: list[list[float]] = field(default_factory=list)
     """Losses of the steps since the last line in metrics.jsonl, summed over the ranks."""
     positions: dict[str, int] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.errors import UserError
+from hybrid_dist.training.calibration import calibration_error
 
 Metrics = dict[str, float | None]
 
@@ -114,7 +115,8 @@ class Classification(Task):
         acc5 = top_k_accuracy_score(target, prediction, k=5, labels=labels) if len(labels) > 5 else 1.0
         # Classes that nobody labelled have no recall: they are left out of the mean.
         f1 = f1_score(target, best, labels=np.unique(target), average="macro", zero_division=0)
-        return {"acc1": float(accuracy_score(target, best)), "acc5": float(acc5), "f1": float(f1)}
+        ece = calibration_error(prediction.max(axis=1), best == target)
+        return {"acc1": float(accuracy_score(target, best)), "acc5": float(acc5), "f1": float(f1), "ece": ece}
 
     def quality(self, metrics: Metrics) -> float:
         return metrics["acc1"] or 0.0

@@ -217,6 +217,15 @@ def test_temperature(photos: Path, tmp_path: Path) -> None:
     assert not math.isclose(cooled["type"].max(), plain["type"].max(), abs_tol=1e-4)
 
 
+def test_a_run_brings_its_temperatures(trained: Path) -> None:
+    """Catches: temperatures that training finds and model.json lacks: all else here is judged with them."""
+    found = json.loads((trained / "model/model.json").read_text())
+    best = json.loads((trained / "phase_c/best.json").read_text())
+    assert found["temperature"] == best["temperature"]
+    assert set(found["temperature"]) == {"type", "airline"}
+    assert all(not math.isclose(value, 1, abs_tol=0.05) for value in found["temperature"].values())
+
+
 def test_unfinished_runs(run: Path, photos: Path, call: Call) -> None:
     """Catches: an older phase's best, or one that is damaged, taken for the model without a word."""
     shutil.rmtree(run / "model")

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import precision_score, recall_score
 
 import train
@@ -29,7 +27,6 @@ from hybrid_dist.report.run.history import POINTS, read_history
 from hybrid_dist.report.run.looks import looks, overlay
 from hybrid_dist.report.run.page import report_page
 from hybrid_dist.report.run.report import make_report
-from hybrid_dist.report.run.sections import calibration_error
 from hybrid_dist.training.publish import PREDICTIONS
 from tests.report.outline import Outline
 
@@ -219,18 +216,6 @@ def test_overlay_glows_where_it_should() -> None:
     made = overlay(picture, heat).astype(int)
     assert (abs(made[60:, :30] - 128) <= 1).all()
     assert np.abs(made[5:20, 75:90] - 128).max() > 60
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=80))
-def test_calibration_error(pairs: list[tuple[float, bool]]) -> None:
-    """Catches: a bin's border, or its weight. Against the definition, answer by answer."""
-    sure, right = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
-    expected = 0.0
-    for low in range(10):
-        own = [p for p in pairs if int(min(p[0] * 10, 9)) == low]
-        if own:
-            expected += abs(sum(p[0] for p in own) - sum(p[1] for p in own)) / len(pairs)
-    assert calibration_error(sure, right) == pytest.approx(expected, abs=1e-9)
 
 
 def history_lines() -> Iterator[dict[str, Any]]:

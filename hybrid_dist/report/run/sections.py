@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hybrid_dist.report import plots
 from hybrid_dist.report.compare.kinds import Answers
+from hybrid_dist.training.calibration import bins, calibration_error
 
 WORST = 8
 """Mistakes of a task that are shown with their pictures."""
@@ -20,7 +21,6 @@ ROWS = 100
 """Of a table; the weakest classes."""
 POINTS = 1500
 """Of a scatter."""
-BINS = 10
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _classes(name: str, answers: Answers, known: NDArray[np.bool_]) -> Section:
     assert answers.probabilities is not None
     sure, right = answers.probabilities[places], labels == said
     rows, each = _by_class(labels, said)
-    bins = _bins(sure, right)
+    points = bins(sure, right)
     error = calibration_error(sure, right)
     wrong = np.flatnonzero(~right)
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:WORST]
@@ -92,7 +92,7 @@ def _classes(name: str, answers: Answers, known: NDArray[np.bool_]) -> Section:
     matrix = (f"What is taken for what{most}", plots.confusion(f"confusion {name}", classes, counts))
     trust = (
         f"Calibration: expected error {error:.3f}; the larger a dot, the more answers",
-        plots.reliability(f"calibration {name}", *bins),
+        plots.reliability(f"calibration {name}", *points),
     )
     more = f"and {len(rows) - ROWS} more classes, with a higher recall" if len(rows) > ROWS else ""
     return Section(
@@ -131,25 +131,6 @@ def _confusions(labels: NDArray[Any], said: NDArray[Any]) -> tuple[list[str], ND
         shown = np.sort(np.argsort(-mistakes, kind="stable")[:CLASSES])
         classes, counts = classes[shown], counts[np.ix_(shown, shown)]
     return [str(label) for label in classes], counts
-
-
-def calibration_error(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error over bins of equal width (Guo et al., ICML 2017): Σ share · |right − sure|.
-
-    Args:
-        sure: (N,) probabilities of what was said.
-        right: (N,)
-    """
-    means, shares, counts = _bins(sure, right)
-    return float(sum(n * abs(r - p) for p, r, n in zip(means, shares, counts, strict=True)) / max(len(sure), 1))
-
-
-def _bins(sure: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[list[float], list[float], list[int]]:
-    """Mean probability, share of right answers and number, of each bin that has any."""
-    place = np.minimum((sure * BINS).astype(int), BINS - 1)
-    filled = [place == index for index in np.unique(place)]
-    means = [float(sure[own].mean()) for own in filled]
-    return means, [float(right[own].mean()) for own in filled], [int(own.sum()) for own in filled]
 
 
 @register("regression")
