@@ -11,6 +11,8 @@ train: $(VENV)/.train
 	$(BIN)/hybrid-dist synth data/quickstart --train 8000 --val 600 --seed 0 --workers 2
 	$(BIN)/accelerate launch --config_file launch/accelerate/single_gpu.yaml train.py --config configs/quickstart.yaml
 
+# One thread: the tests' models are tiny, and their bits are not to depend on the machine's cores.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy

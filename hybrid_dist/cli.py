@@ -402,7 +402,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 2 the user's to fix, 3 a check did not hold, 130 by Ctrl-C."""
     arguments = _parse(argv)
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
+        return 0
     except UserError as error:
         if not error.shared or os.environ.get("RANK", "0") == "0":
             print(f"hybrid-dist: {error}", file=sys.stderr)

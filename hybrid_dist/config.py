@@ -271,8 +271,9 @@ def _flatten(values: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def without_logins(text: str) -> str:
-    """The text without what stands before an @ in an address: it is for more eyes than the config."""
-    return re.sub(r"://[^/@\s\"']+@", "://", text)
+    """The text without what stands before an @ or after a ? in an address: it is for more eyes than the config."""
+    without = re.sub(r"://[^\s\"']*@", "://", text)
+    return re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", without)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

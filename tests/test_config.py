@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_dist.config import load_config, parse_config, reference
+from hybrid_dist.config import load_config, parse_config, reference, without_logins
 from hybrid_dist.errors import UserError
 from tests.conftest import ROOT
 
@@ -114,3 +114,18 @@ def test_help_is_quick() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:hush@store/a b", "s3://store/a b"),
+        ("https://user:a/b@store/x.zip", "https://store/x.zip"),
+        ("zip://val::https://store/x.zip?sig=hush&sv=1", "zip://val::https://store/x.zip"),
+        ("a: 'https://store/x?X-Amz-Signature=hush'", "a: 'https://store/x'"),
+        ("someone@example.org? /data/a@b", "someone@example.org? /data/a@b"),
+    ],
+)
+def test_logins_are_not_for_everyone(text: str, shown: str) -> None:
+    """Catches: a key that gets into the report or to wandb; a path that is cut."""
+    assert without_logins(text) == shown

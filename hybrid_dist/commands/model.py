@@ -32,7 +32,7 @@ def predict(arguments: argparse.Namespace) -> int:
     from hybrid_dist.inference.predict import answers, check_numbers, predict_to
 
     check_numbers(arguments.top, arguments.batch_size)
-    check_out(arguments.out)
+    check_out(arguments.out, arguments.model, arguments.paths)
     inputs = collect(arguments.paths, arguments.images)
     found = find_model(arguments.model)
     _say(found.note)

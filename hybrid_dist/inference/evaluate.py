@@ -21,7 +21,7 @@ from hybrid_dist.files import write_atomic
 from hybrid_dist.inference.found import FoundModel, find_model
 from hybrid_dist.inference.inputs import images_beside
 from hybrid_dist.inference.opened import OpenedModel, open_model
-from hybrid_dist.inference.outputs import check_folder_of
+from hybrid_dist.inference.outputs import check_place
 from hybrid_dist.training.calibration import calibrated, errors_told
 from hybrid_dist.training.tasks import Metrics, Task
 from hybrid_dist.training.validate import Validated, gather, judge, metrics_of, predictions_csv
@@ -83,8 +83,8 @@ def evaluate(wish: Wish, place: Place, say: Callable[[str], None], tell: Callabl
     Raises:
         UserError: the model, the CSV or too many pictures can't be used; the same on all ranks.
     """
-    decide(place, lambda: check_folder_of(wish.out))
     found, config = agree(place, lambda: _find(wish))
+    decide(place, lambda: check_place(wish.out, wish.model, [config.data.val_csv, config.data.train_csv]))
     table = agree(place, lambda: _table(found, config))
     opened = agree(place, lambda: open_model(found, place.device, config.train.precision))
     for text in (found.note, *(f"warning: {line}" for line in describe_unseen(table.unseen))):

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -101,27 +101,35 @@ WRITERS: dict[str, Callable[[Path], Writer]] = {
 }
 
 
-def check_out(out: Path | None) -> None:
+def check_out(out: Path | None, model: Path, inputs: Iterable[str | Path]) -> None:
     """Find out early whether a file can be written.
 
     Raises:
-        UserError: its suffix says nothing, or there is no such folder.
+        UserError: its suffix says nothing, or as `check_place`.
     """
     if out is None:
         return
     if out.suffix.lower() not in WRITERS:
         raise UserError(f"--out {out}: its suffix says how to write it: {', '.join(WRITERS)} would do")
-    check_folder_of(out)
+    check_place(out, model, inputs)
 
 
-def check_folder_of(out: Path | None) -> None:
-    """Raises UserError where `--out` can't be a file."""
+def check_place(out: Path | None, model: Path, inputs: Iterable[str | Path]) -> None:
+    """Find out early whether a file may be written there.
+
+    Raises:
+        UserError: there is no such folder, or it is one of the `inputs`, or a file of the model's folder.
+    """
     if out is None:
         return
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder")
+    if out.exists() and any(Path(one).is_file() and out.samefile(one) for one in inputs):
+        raise UserError(f"--out {out}: is what is read; another name would do")
+    if out.exists() and model.resolve() in out.resolve().parents:
+        raise UserError(f"--out {out}: is a file of {model}; another name would do")
 
 
 @contextmanager

@@ -49,6 +49,8 @@ def check_writable(path: Path, option: str) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: can't be written: it is a folder")
 
 
 def small_copy(pixels: np.ndarray) -> str:

@@ -88,9 +88,10 @@ def curves(
     if not series:
         return ""
     with _figure(name, 2.4) as (axes, made):
-        for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
+        for n, (label, (steps, values)) in enumerate(series.items()):
+            colour, style = COLOURS[n % len(COLOURS)], ("-", "--", ":", "-.")[n // len(COLOURS) % 4]
             dots = "o" if len(steps) < 40 else ""
-            axes.plot(steps, values, color=colour, linewidth=1.4, label=label, marker=dots, markersize=3)
+            axes.plot(steps, values, style, color=colour, linewidth=1.4, label=label, marker=dots, markersize=3)
         if log:
             axes.set_yscale("log")
         across = axes.get_xaxis_transform()

@@ -50,12 +50,13 @@ def measure() -> dict[str, float]:
     import psutil
 
     found = {"cpu": psutil.cpu_percent(), "memory": psutil.virtual_memory().percent}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
         for index, line in enumerate(done.stdout.splitlines()):
-            load, used, total = (float(value) for value in line.split(","))
-            found |= {f"gpu{index}": load, f"gpu{index}_memory": 100 * used / total}
+            with contextlib.suppress(ValueError, ZeroDivisionError):  # a part of a GPU says [N/A]
+                load, used, total = (float(value) for value in line.split(","))
+                found |= {f"gpu{index}": load, f"gpu{index}_memory": 100 * used / total}
     return found
 
 

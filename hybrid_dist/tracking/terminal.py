@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from hybrid_dist.config import METRICS
 from hybrid_dist.tracking.sink import Judgement, Position, Sink, Values
+
+if TYPE_CHECKING:
+    from hybrid_dist.training.tasks import Task
 
 QUIET_INTERVAL = 30.0
 
@@ -114,7 +119,7 @@ class Terminal(Sink):
         """Score and loss, then each task's own metrics: a table on a terminal, one line in a log."""
         values = judgement.metrics
         head = f"{judgement.at.title}: score {values['val/score']:.4f}, loss {values['val/loss']:.4f}"
-        rows = {task.name: _own(values, task.name) for task in judgement.tasks}
+        rows = {task.name: _own(values, task) for task in judgement.tasks}
         if not self.live:
             parts = [f"{name} " + " ".join(f"{key} {text}" for key, text in own.items()) for name, own in rows.items()]
             self.say("; ".join([head, *parts]))
@@ -130,8 +135,7 @@ class Terminal(Sink):
         self.end()
 
 
-def _own(values: Values, task: str) -> dict[str, str]:
-    """A task's metrics by their short names."""
-    prefix = f"val/{task}_"
-    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+def _own(values: Values, task: Task) -> dict[str, str]:
+    """A task's metrics by their short names. Another task's name may begin with this one's."""
+    own = {key: values.get(f"val/{task.name}_{key}") for key in METRICS[task.kind]}
     return {key: f"{value:.3f}" for key, value in own.items() if value is not None}

@@ -27,6 +27,8 @@ from hybrid_dist.tracking.sink import HasId, Judgement, Position, Sink, Values
 PROJECT = "hybrid-dist"
 PATIENCE = 5.0
 """Seconds that the end of a run or a stop waits for wandb."""
+UPLOAD = 120.0
+"""Seconds that the end of a finished run waits for a server to take the model."""
 TRIES = 8
 PAUSE = 0.05
 """Seconds after a first failed try; each later one waits twice as long."""
@@ -50,12 +52,17 @@ def choose_mode(wanted: str) -> str:
 
 def logged_in() -> bool:
     """Whether there is a key, without asking wandb, which would be loaded for it."""
+    import configparser
     import netrc
     from urllib.parse import urlsplit
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    settings = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):  # where wandb login --host puts it
+        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+    server = settings.get("default", "base_url", fallback="https://api.wandb.ai")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", server)).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -103,7 +110,7 @@ class Wandb(Sink):
         """
         self.config, self.mode, self.lengths, self._warn = config, mode, dict(lengths), warn
         self.folder = config.folder / "wandb"
-        self._warned = False
+        self._warned = self._uploads = False
         self._news = _News(0)
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -155,6 +162,7 @@ class Wandb(Sink):
 
     def published(self, folder: str, facts: Mapping[str, Any]) -> None:
         name, metadata = self.config.run.name, dict(facts)
+        self._uploads = self.mode == "online"
         self._call(lambda run: _log_model(run, name, folder, metadata))
 
     def ended(self, state: str, reason: str) -> None:
@@ -178,7 +186,7 @@ class Wandb(Sink):
         with self._lock:
             self._news.closing = True
         self._wake.set()
-        thread.join(PATIENCE)
+        thread.join(UPLOAD if self._uploads else PATIENCE)
         if thread.is_alive() and not self._warned:
             self._warned = True
             more = f"; wandb sync {self.folder}/run-* sends the rest" if self.mode == "online" else ""

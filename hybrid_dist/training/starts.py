@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,17 @@ def note_start(folder: Path, state: TrainState, topology: Topology) -> None:
         "time": time.time(), "phase": state.phase, "step": state.step, "goes_on": state.phase_step > 0,
         "topology": topology.label,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {"Python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "versions": {"Python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
     }  # fmt: skip
     with contextlib.suppress(OSError), (folder / STARTS).open("a", encoding="utf-8") as file:  # a full disk
         file.write(json.dumps(facts) + "\n")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a clone on PYTHONPATH
+        return "unknown"
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -37,6 +44,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     found = []
     with contextlib.suppress(OSError):
         for line in (folder / STARTS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                found.append(json.loads(line))
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off
+                start = json.loads(line)
+                found.append({**start, "time": float(start["time"]), "step": int(start["step"])})
     return found

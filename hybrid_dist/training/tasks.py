@@ -25,6 +25,7 @@ class Task(ABC):
 
     def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...]):
         self.name = name
+        self.kind = config.kind
         self.weight = config.weight
         self.share = config.share(name)
         self.classes = classes

@@ -217,6 +217,25 @@ def test_temperature(photos: Path, tmp_path: Path) -> None:
     assert not math.isclose(cooled["type"].max(), plain["type"].max(), abs_tol=1e-4)
 
 
+def test_what_is_read_is_not_written_over(run: Path, tiny_data: Path, tmp_path: Path, call: Call) -> None:
+    """Catches: annotations that are gone, because the answers went into the same file."""
+    table = tmp_path / "val.csv"
+    shutil.copy(tiny_data / "val.csv", table)
+    (tmp_path / "val").symlink_to(tiny_data / "val")
+    (tmp_path / "link.csv").symlink_to(table)
+    before = table.read_bytes()
+    for out in (table, tmp_path / "link.csv"):
+        for arguments in (("predict", run, table), ("evaluate", run, "--csv", table)):
+            code, _, heard = call(*arguments, "--out", out)
+            assert code == 2 and "is what is read" in heard
+    inside = run / "phase_c/predictions_val.csv"
+    told = inside.read_bytes()
+    for arguments in (("predict", run, table), ("evaluate", run, "--csv", table)):
+        code, _, heard = call(*arguments, "--out", inside)
+        assert code == 2 and f"is a file of {run}" in heard
+    assert (table.read_bytes(), inside.read_bytes()) == (before, told)
+
+
 def test_a_run_brings_its_temperatures(trained: Path) -> None:
     """Catches: temperatures that training finds and model.json lacks: all else here is judged with them."""
     found = json.loads((trained / "model/model.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hybrid_dist import cli
 from hybrid_dist.config import load_config
 from hybrid_dist.inference.found import find_model
 from hybrid_dist.inference.opened import OpenedModel, open_model
+from hybrid_dist.report import plots
 from hybrid_dist.report.page import write
 from hybrid_dist.report.run import close
 from hybrid_dist.report.run.history import POINTS, read_history
@@ -171,6 +173,70 @@ def test_what_is_no_run(run: Path, tmp_path: Path, ask: Callable[..., tuple[int,
     assert not (run / "report.html").exists()
 
 
+def test_a_task_without_labels(run: Path, ask: Callable[..., tuple[int, str, str]]) -> None:
+    """Catches: figures under another task's name; a page that needs every task to have labels."""
+    rows = rows_of(run)
+    for row in rows:
+        row["type_label"] = ""
+    with (run / "phase_c" / PREDICTIONS).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert ask(run)[0] == 0
+    text = (run / "report.html").read_text()
+    table = text[text.index('id="data"') : text.index('id="config"')]
+    assert table.count("<th") == 2 + 4 and table.count("<td") == 2 * (2 + 4)
+    split = json.loads((run / "model/model.json").read_text())["data"]["train"]["labels"]
+    cells = [cell.split("<")[0] for cell in table.split("<tr><td>")[1].split('number">')[2:]]
+    assert cells == [f"{split[task]:,}" for task in ("type", "airline", "clarity", "block")]
+
+
+def test_goals_without_an_interval(run: Path, ask: Callable[..., tuple[int, str, str]]) -> None:
+    """Catches: a goal that is said to be doubtful for want of an interval."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("  goals: {}", "  goals: {loss: 1000}"))
+    assert ask(run)[0] == 0
+    assert "reached; it has no interval" in (run / "report.html").read_text()
+
+
+def test_pictures_from_a_packed_copy(run: Path, tmp_path: Path, ask: Callable[..., tuple[int, str, str]]) -> None:
+    """Catches: a page without pictures where training reads packed ones; one that does not say why it has none."""
+    data = load_config(run / "config.yaml").data
+    shutil.copytree(Path(data.val_csv).parent, tmp_path / "data")
+    config = (run / "config.yaml").read_text().replace(str(Path(data.val_csv).parent), str(tmp_path / "data"))
+    (run / "config.yaml").write_text(config)
+    assert cli.main(["pack", "--config", str(run / "config.yaml")]) == 0
+    shutil.rmtree(tmp_path / "data/val")
+    assert ask(run)[0] == 0
+    text = (run / "report.html").read_text()
+    assert text.count('class="looks"') >= 16 and "can't be read from here" not in text.replace("&#39;", "'")
+    shutil.rmtree(tmp_path / "data/val.packed-96")
+    assert ask(run)[0] == 0
+    text = (run / "report.html").read_text().replace("&#39;", "'")
+    assert 'class="looks"' not in text and "data.val_images can't be read from here" in text
+
+
+def test_what_is_no_answer(run: Path, ask: Callable[..., tuple[int, str, str]]) -> None:
+    """Catches: a stack trace, or a NaN in JSON, for a file that training does not write."""
+    file = run / "phase_c" / PREDICTIONS
+    rows = rows_of(run)
+    for column, what in (("clarity_prediction", "not a number"), ("type_probability", "not between 0 and 1")):
+        old = rows[0][column]
+        file.write_text(file.read_text().replace(old, "nan", 1))
+        code, out, said = ask(run, "--json")
+        assert (code, out) == (2, "") and what in said
+        file.write_text(file.read_text().replace("nan", old, 1))
+
+
+def test_many_curves() -> None:
+    """Catches: a curve that is left out, or looks like another."""
+    steps = np.arange(50.0)
+    svg = plots.curves("many", {f"task {n}": (steps, steps * n) for n in range(9)}, {}, [])
+    assert all(f"task {n}<" in svg for n in range(9))
+    lines = [part.split('"')[0] for part in svg.split('style="fill: none; stroke')[1:]]
+    assert len({line for line in lines if "#" in line}) >= 9
+
+
 @pytest.fixture
 def opened(run: Path) -> OpenedModel:
     return open_model(find_model(run), "cpu", "fp32")
@@ -296,6 +362,9 @@ def test_training_writes_it(tiny_config: Callable[..., Path], monkeypatch: pytes
     assert train.main() == 0
     assert page.stat().st_mtime_ns == stamp
     assert not close.is_behind(page.parent)
+    stamp = page.stat().st_mtime
+    os.utime(page.parent / "metrics.jsonl", (stamp + 1, stamp + 1))
+    assert close.is_behind(page.parent), "as where it was looked at before the end"
 
 
 def fail(*_: object) -> None:

@@ -14,12 +14,22 @@ from rich.console import Console
 from hybrid_dist.tracking import Judgement, Position, Terminal, terminal
 
 AT = Position("a", 1, 3, 48)
-VALUES = {"val/score": 0.5, "val/loss": 1.25, "val/type_acc1": 0.75, "val/block_mae": 0.125, "val/block_corr": None}
+VALUES = {
+    "val/score": 0.5,
+    "val/loss": 1.25,
+    "val/type_acc1": 0.75,
+    "val/type_old_f1": 0.9,
+    "val/block_mae": 0.125,
+    "val/block_corr": None,
+}
 TRAIN = {"train/loss": 1.5, "perf/images_per_s": 310.4}
 
 
 def judgement() -> Judgement:
-    tasks: list[Any] = [SimpleNamespace(name="type"), SimpleNamespace(name="block")]
+    tasks: list[Any] = [
+        SimpleNamespace(name="type", kind="classification"),
+        SimpleNamespace(name="block", kind="regression"),
+    ]
     nothing: Any = None
     return Judgement(AT, VALUES, nothing, tasks, [], nothing)
 

@@ -383,6 +383,18 @@ def test_mode(
     assert wandb_sink.choose_mode(wanted) == mode
 
 
+def test_a_login_at_a_server_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: `wandb login --host` that is not seen, for its server stands in wandb's settings alone."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "netrc").write_text("machine wandb.example login user password 0123\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    assert not wandb_sink.logged_in()
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example\n")
+    assert wandb_sink.logged_in()
+
+
 def test_online_without_a_login(
     tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
 from hybrid_dist.training import stop as stop_module
+from hybrid_dist.training.phase import PhaseLoop
 from hybrid_dist.training.stop import Stop
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
 from tests.distributed.running import expect_same_run, without_times
@@ -420,9 +421,21 @@ def test_damage_is_named_and_the_one_before_is_used(
     expect_same_run(run, whole)
 
 
+SCORES = {4: 0.3, 8: 0.6, 12: 0.5, 16: 0.45, 20: 0.4, 23: 0.5}
+"""By step: which is the best would depend on the processor and its threads."""
+
+
 @pytest.fixture
-def long(tiny_config: Callable[..., Path]) -> Path:
+def long(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A first phase of five validations, the best of which is not the last one; only few checkpoints stay."""
+    validate, judge, now = PhaseLoop._validate, phase_module.metrics_of, [0]
+
+    def note(loop: PhaseLoop) -> None:
+        now[0] = loop.state.step
+        validate(loop)
+
+    monkeypatch.setattr(PhaseLoop, "_validate", note)
+    monkeypatch.setattr(phase_module, "metrics_of", lambda *given: judge(*given) | {"val/score": SCORES[now[0]]})
     phases = [
         {"name": "a", "trainable": ["all"], "steps": 20, "lr": 1e-2},
         {"name": "b", "trainable": ["all"], "steps": 3, "lr": 1e-2, "carry_optimizer": True},
@@ -533,7 +546,7 @@ def test_a_best_that_is_lost(
     damage(run / "phase_a/best.safetensors")
     assert call(long, "phases.1.carry_optimizer=false") == 0
     assert "the best so far, of step 8, is gone or damaged" in capsys.readouterr().err
-    assert best_of(run) in (16, 20)
+    assert best_of(run) == 16
     assert (run / "model/model.safetensors").is_file()
 
 

@@ -37,7 +37,7 @@ def measure(runs: Sequence[Run]) -> tuple[list[Cost], list[str]]:
     for place, run in enumerate(runs):
         try:
             models[place] = open_model(find_model(run.folder))
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
             warnings.append(f"{run.label}: neither parameters nor latency: {error}")
     times = times_in_turns([_asking(model) for model in models.values()], TURNS, SECONDS * len(models))
     latencies = {place: 1000 * float(np.median(found)) for place, found in zip(models, times, strict=True)}

@@ -120,7 +120,10 @@ class Classification(Kind):
         labels, predictions, sure = columns
         if not all(predictions):
             raise ValueError("a prediction is blank")
-        return Answers(np.array(labels, object), np.array(predictions, object), np.array(sure, np.float64))
+        probabilities = np.array(sure, np.float64)
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise ValueError("a probability is not between 0 and 1")
+        return Answers(np.array(labels, object), np.array(predictions, object), probabilities)
 
     def known(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
         return np.asarray(labels != "", np.bool_)
@@ -185,7 +188,10 @@ class Regression(Kind):
     def read(self, columns: Sequence[Sequence[str]]) -> Answers:
         labels, predictions = columns
         known = np.array([float(cell) if cell else np.nan for cell in labels], np.float64)
-        return Answers(known, np.array(predictions, np.float64), None)
+        told = np.array(predictions, np.float64)
+        if not np.isfinite(told).all():
+            raise ValueError("a prediction is not a number")
+        return Answers(known, told, None)
 
     def known(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
         return ~np.isnan(labels)

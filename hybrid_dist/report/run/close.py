@@ -26,5 +26,7 @@ def write_if_behind(folder: Path, say: Callable[[str], None]) -> None:
 def is_behind(folder: Path) -> bool:
     """Whether the page is older than what it should show, or not there."""
     page = folder / NAME
-    newest = max((file.stat().st_mtime for file in folder.glob("phase_*/best.json")), default=0.0)
-    return newest > 0 and (not page.is_file() or page.stat().st_mtime < newest)
+    bests = list(folder.glob("phase_*/best.json"))
+    news = [*bests, *(folder / name for name in ("metrics.jsonl", "starts.jsonl", "model/model.json"))]
+    newest = max((file.stat().st_mtime for file in news if file.is_file()), default=0.0)
+    return bool(bests) and (not page.is_file() or page.stat().st_mtime < newest)

@@ -79,12 +79,12 @@ def read_history(folder: Path, config: Config) -> History:
         for text in file:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
-                if isinstance(line, dict) and {"phase", "step", "time"} <= line.keys():
+                if isinstance(line, dict) and all(isinstance(line.get(key), int | float) for key in ("step", "time")):
                     lines.append(line)
     starts = read_starts(folder)
     phases, begun = [], 1
     for phase in config.phases:
-        own = [line for line in lines if line["phase"] == phase.name]
+        own = [line for line in lines if line.get("phase") == phase.name]
         if own:
             phases.append(_phase(folder, phase.name, begun, own, starts))
             begun = own[-1]["step"] + 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from hybrid_dist.config import METRICS, without_logins
+from hybrid_dist.data.annotations import read_table
+from hybrid_dist.data.packed import Stale, open_packed
+from hybrid_dist.data.pictures import PictureError
 from hybrid_dist.errors import UserError
 from hybrid_dist.inference.opened import OpenedModel, open_model
 from hybrid_dist.report import plots
@@ -33,12 +37,15 @@ def report_page(report: Report) -> str:
         opened = open_model(report.found)
     except torch.OutOfMemoryError:  # the training that this follows may still hold the GPU
         opened = open_model(report.found, "cpu")
-    album = Album([config.data.val_images])
+    pixels = _pictures(report, opened.image_size)
+    sections = [_section(found, opened, pixels, report) for found in report.sections]
+    shown = [mistake["picture"] for found in sections for mistake in found["mistakes"]]
+    gone = ["data.val_images can't be read from here, nor a packed copy: no pictures"] if not any(shown) else []
     return render(
         "report.html.j2",
         name=config.run.name,
         subtitle=_subtitle(report, opened),
-        warnings=report.warnings,
+        warnings=[*report.warnings, *(gone if shown else [])],
         cards=_cards(report),
         goals=[_goal_line(goal, report.metrics) for goal in report.goals],
         goals_reached=all(goal.reached for goal in report.goals),
@@ -47,13 +54,40 @@ def report_page(report: Report) -> str:
         curves=_curves(report),
         phases=[_phase_row(phase) for phase in history.phases],
         starts=[_start_row(start) for start in history.starts],
-        sections=[_section(found, opened, album, report) for found in report.sections],
+        sections=sections,
         branches=[BRANCHES[part] for part in opened.model.branches()],
+        tasks=list(config.tasks),
         data=_data_rows(report),
         model=_model_rows(report, opened),
         versions=_versions(history),
         config=without_logins(config.to_yaml()),
     )
+
+
+Pixels = Callable[[str], NDArray[np.uint8] | None]
+"""By file name, a picture of validation for the model's size; None of what can't be read."""
+
+
+def _pictures(report: Report, size: int) -> Pixels:
+    """From the packed copy that training reads, if there is one, else from the files."""
+    data = report.config.data
+    album = Album([data.val_images])
+    try:
+        table = read_table(Path(data.val_csv), Path(data.val_images), {}, {})
+        packed = open_packed(table, size, None)
+    except (UserError, Stale):
+        packed = None
+    if packed is None:
+        return lambda name: album.pixels(name, size)
+    rows = {table.filename(row): row for row in range(len(table))}
+
+    def unpacked(name: str) -> NDArray[np.uint8] | None:
+        try:
+            return packed.picture(rows[name]) if name in rows else None
+        except PictureError:
+            return None
+
+    return unpacked
 
 
 def _subtitle(report: Report, opened: OpenedModel) -> str:
@@ -109,7 +143,8 @@ def _goal_line(goal: Any, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     elif not goal.reached:
         text = f"missed by {abs(goal.value - goal.wanted):.4f}"
     else:
-        text = "reached" if goal.sure else "reached, but its interval is not all beyond it"
+        beyond = "reached" if goal.sure else "reached, but its interval is not all beyond it"
+        text = beyond if figure.low is not None else "reached; it has no interval"
     return {
         "name": goal.name, "wanted": f"{goal.wanted:g}", "value": _number(goal.value), "interval": _interval(figure),
         "verdict": text, "mark": ("good" if goal.sure else "warn") if goal.reached else "bad",
@@ -167,22 +202,21 @@ def _start_row(start: Mapping[str, Any]) -> list[str]:
     return [when, str(start.get("phase")), how, f"{start.get('step', 0):,}", str(start.get("topology"))]
 
 
-def _section(found: Section, opened: OpenedModel, album: Album, report: Report) -> dict[str, Any]:
+def _section(found: Section, opened: OpenedModel, pixels: Pixels, report: Report) -> dict[str, Any]:
     from markupsafe import Markup
 
     return {
         "name": found.name, "labelled": f"{found.labelled:,}", "columns": found.columns, "rows": found.rows,
-        "left_out": found.left_out, "mistakes": _mistakes(found, opened, album, report.run.filenames),
+        "left_out": found.left_out, "mistakes": _mistakes(found, opened, pixels, report.run.filenames),
         # The plots are this project's own SVG, in which matplotlib has escaped the names.
         "plots": [(caption, Markup(svg)) for caption, svg in found.plots],
     }  # fmt: skip
 
 
-def _mistakes(found: Section, opened: OpenedModel, album: Album, filenames: Sequence[str]) -> list[dict[str, Any]]:
+def _mistakes(found: Section, opened: OpenedModel, pixels: Pixels, filenames: Sequence[str]) -> list[dict[str, Any]]:
     """Each with its picture, as the model sees it, and where the branches looked; without, where it can't be read."""
     names = [filenames[mistake.row] for mistake in found.mistakes]
-    pixels = (album.pixels(name, opened.image_size) for name in names)
-    squares = {place: opened.fit(one, (), 0) for place, one in enumerate(pixels) if one is not None}
+    squares = {place: opened.fit(one, (), 0) for place, name in enumerate(names) if (one := pixels(name)) is not None}
     seen = _seen(found, opened, squares)
     return [
         {
@@ -199,6 +233,8 @@ def _seen(found: Section, opened: OpenedModel, squares: Mapping[int, NDArray[np.
         return {}
     images = torch.from_numpy(np.stack(list(squares.values()))).permute(0, 3, 1, 2)
     heats = looks(opened, images, found.name, _chosen(opened, found, [found.mistakes[place] for place in squares]))
+    # A map that the answer does not follow, as of a backbone that pools a class token, would look like a finding.
+    heats = {part: heat for part, heat in heats.items() if heat.any()}
     return {
         place: [(BRANCHES[part], small_copy(overlay(square, heat[n]))) for part, heat in heats.items()]
         for n, (place, square) in enumerate(squares.items())
@@ -214,7 +250,7 @@ def _chosen(opened: OpenedModel, found: Section, mistakes: Sequence[Mistake]) ->
         return np.array([place[mistake.answer] for mistake in mistakes], np.int64)
     except KeyError as error:
         raise UserError(
-            f"predictions of {found.name}: {error} is no class of the model; is it another run's?"
+            f"predictions of {found.name}: {error.args[0]} is no class of the model; is it another run's?"
         ) from None
 
 

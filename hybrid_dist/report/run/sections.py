@@ -124,13 +124,15 @@ def _confusions(labels: NDArray[Any], said: NDArray[Any]) -> tuple[list[str], ND
     """Classes, and how often each (row) is taken for each (column); those with the most mistakes if there are many."""
     classes, codes = np.unique(np.concatenate([labels, said]), return_inverse=True)
     true, told = codes[: len(labels)], codes[len(labels) :]
-    counts = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(counts, (true, told), 1)
-    if len(classes) > CLASSES:
-        mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-        shown = np.sort(np.argsort(-mistakes, kind="stable")[:CLASSES])
-        classes, counts = classes[shown], counts[np.ix_(shown, shown)]
-    return [str(label) for label in classes], counts
+    wrong = true != told
+    mistakes = np.bincount(true[wrong], minlength=len(classes)) + np.bincount(told[wrong], minlength=len(classes))
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:CLASSES])
+    place = np.full(len(classes), -1)
+    place[shown] = np.arange(len(shown))
+    both = (place[true] >= 0) & (place[told] >= 0)
+    counts = np.zeros((len(shown), len(shown)), np.int64)
+    np.add.at(counts, (place[true[both]], place[told[both]]), 1)
+    return [str(label) for label in classes[shown]], counts
 
 
 @register("regression")
