@@ -407,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
-        return 0
+        return 141  # as a program that SIGPIPE ends: a gate that nobody read has not held
     except UserError as error:
         if not error.shared or os.environ.get("RANK", "0") == "0":
             print(f"hybrid-dist: {error}", file=sys.stderr)

@@ -205,7 +205,9 @@ class Config(Section):
         known = self.metrics()
         for name in self.tracking.goals:
             if name not in known:
-                raise ValueError(f"tracking.goals.{name}: is no metric of this run; {', '.join(known)} are")
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise ValueError(f"tracking.goals.{name}: is no metric of this run; {hint}")
         return self
 
     def metrics(self) -> dict[str, int]:
@@ -374,7 +376,8 @@ def _explain(entry: Any, model: type[BaseModel]) -> str:
     message = entry["msg"].removeprefix("Value error, ")
     shown = entry["input"]
     got = f", got {shown!r}" if isinstance(shown, str | int | float | bool) or shown is None else ""
-    return f"{key}: {message[0].lower() + message[1:]}{got}"
+    # What concerns the whole of it names its keys itself.
+    return (f"{key}: {message[0].lower() + message[1:]}" if location else message) + got
 
 
 def _valid_keys(location: Sequence[str], model: type[BaseModel]) -> tuple[str, list[str]]:

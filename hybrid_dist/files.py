@@ -1,12 +1,14 @@
-"""Files and folders that are whole or absent."""
+"""Files and folders that are whole or absent; JSON files that may be absent."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hybrid_dist.errors import UserError
 
@@ -70,6 +72,25 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield building
     except OSError as error:
         raise UserError(f"{out}: can't be written: {error.strerror or error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none, or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file that has one a line; what is none, as a line that was cut off, is left out."""
+    with suppress(OSError), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                values = json.loads(line)
+                if isinstance(values, dict):
+                    yield values
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BINS = 10
 FEWEST = 50
 """Labelled pictures, below which a temperature would follow from chance."""
-_MOST = 10_000
+_MOST = 5_000
 """Pictures that it is found by; more would take longer, and say the same."""
 _RANGE = 0.05, 20.0
 

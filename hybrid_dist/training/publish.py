@@ -13,7 +13,7 @@ import torch
 
 from hybrid_dist.checkpoint import MANIFEST, Damaged, Found, inspect
 from hybrid_dist.errors import UserError
-from hybrid_dist.files import sync, write_atomic
+from hybrid_dist.files import read_object, sync, write_atomic
 
 PREDICTIONS = "predictions_val.csv"
 BEST = "best.safetensors"
@@ -53,7 +53,7 @@ def publish_best(run: Path, newest: Found, tick: Callable[[], None] = lambda: No
         return
     source = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     folder = phase_folder(run, phase)
-    if _value_in(folder / "best.json", "source") == source and not (verify and _best_differs(folder)):
+    if read_object(folder / "best.json").get("source") == source and not (verify and _best_differs(folder)):
         return
     try:
         best = newest if checkpoint == newest.path else inspect(checkpoint)
@@ -84,7 +84,7 @@ def best_is_there(run: Path, phase: str, step: int) -> bool:
 
 def best_step(run: Path, phase: str) -> int | None:
     """The step whose weights are out as the phase's best."""
-    found: int | None = _value_in(phase_folder(run, phase) / "best.json", "step")
+    found: int | None = read_object(phase_folder(run, phase) / "best.json").get("step")
     return found
 
 
@@ -109,21 +109,13 @@ def _best_differs(folder: Path) -> str | None:
         found = _sum_of(folder / BEST)
     except OSError as error:
         return f"it can't be read ({error.strerror})"
-    same = found == _value_in(folder / "best.json", "sha256")
+    same = found == read_object(folder / "best.json").get("sha256")
     return None if same else "it is not what best.json beside it says (SHA-256)"
 
 
 def _sum_of(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _value_in(file: Path, key: str) -> Any:
-    """A value of a file of JSON; None where there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def publish_model(run: Path, phase: str, step: int | None, facts: dict[str, Any]) -> None:
@@ -135,9 +127,9 @@ def publish_model(run: Path, phase: str, step: int | None, facts: dict[str, Any]
     Raises:
         UserError: the best is not what was written.
     """
-    best = {key: _value_in(phase_folder(run, phase) / "best.json", key) for key in KEYS}
+    best = {key: read_object(phase_folder(run, phase) / "best.json").get(key) for key in KEYS}
     folder, partial = run / "model", run / ".model.partial"
-    if _value_in(folder / "model.json", "source") == best["source"]:
+    if read_object(folder / "model.json").get("source") == best["source"]:
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

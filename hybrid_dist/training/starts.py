@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hybrid_dist.distributed import Topology
+from hybrid_dist.files import read_lines
 from hybrid_dist.training.state import TrainState
 
 STARTS = "starts.jsonl"
@@ -42,9 +43,7 @@ def _version(name: str) -> str:
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """All of them, in order; none where there is no such file."""
     found = []
-    with contextlib.suppress(OSError):
-        for line in (folder / STARTS).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off
-                start = json.loads(line)
-                found.append({**start, "time": float(start["time"]), "step": int(start["step"])})
+    for start in read_lines(folder / STARTS):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # somebody else's
+            found.append({**start, "time": float(start["time"]), "step": int(start["step"])})
     return found

@@ -7,8 +7,11 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +42,7 @@ from hybrid_dist.report.compare.runs import Run
 from hybrid_dist.report.compare.text import print_comparison
 from hybrid_dist.training.description import describe_model
 from hybrid_dist.training.publish import PREDICTIONS
-from tests.conftest import launch, scene, tiny_values
+from tests.conftest import ROOT, environment, launch, scene, tiny_values
 from tests.report.outline import Outline
 
 TASKS = ("type", "airline", "clarity", "block")
@@ -563,6 +566,21 @@ def test_other_mistakes(tmp_path: Path, ask: Callable[..., tuple[int, dict[str, 
     code, found = ask(a, a)
     assert code == 0 and "parameters" in found["warnings"][-1]
     assert {found["runs"][0]["metrics"][name]["value"] for name in ("parameters", "latency_ms", "memory_gb")} == {None}
+
+
+def test_nobody_reads_it(tmp_path: Path) -> None:
+    """Catches: a stack trace where the reader of a pipe has left, or a gate that seems to hold then."""
+    run = write_run(tmp_path / "a", answered(truth(30), 1))
+    code = "import sys; from hybrid_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "compare", str(run), str(run), "--gate", "type_acc1:+0.5", "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 141, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- what people see ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 
 from hybrid_dist.bench.latency import times_in_turns
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import read_lines
 from hybrid_dist.inference.found import find_model
 from hybrid_dist.inference.opened import OpenedModel, open_model
 from hybrid_dist.report.compare.runs import Run
@@ -66,16 +66,6 @@ def _asking(opened: OpenedModel) -> Callable[[], None]:
 
 def _peak_memory(run: Run) -> float | None:
     """In GB, over all phases; of each process the same kind of figure, so runs on unlike devices are not alike."""
-    peak = None
-    try:
-        with (run.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    value = json.loads(line).get("perf/peak_memory_gb")
-                except ValueError:  # the last line of a run that was cut off
-                    continue
-                if value is not None:
-                    peak = max(value, peak or 0.0)
-    except OSError:
-        return None
-    return peak
+    lines = read_lines(run.folder / "metrics.jsonl")
+    peaks = (line.get("perf/peak_memory_gb") for line in lines)
+    return max((peak for peak in peaks if peak is not None), default=None)

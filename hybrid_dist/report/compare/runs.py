@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hybrid_dist.config import Config, load_config
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import read_object
 from hybrid_dist.report.compare.kinds import Answers, find_kind
 from hybrid_dist.training.publish import PREDICTIONS, phase_folder
 
@@ -103,15 +102,6 @@ def _finished_phases(folder: Path, phases: list[str]) -> list[str]:
     if status.get("phase") not in phases:
         return []
     return phases[: phases.index(status["phase"]) + (status.get("state") == "finished")]
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; an empty one where there is none."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_predictions(file: Path, config: Config) -> tuple[list[str], dict[str, Answers]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_dist.config import Config
-from hybrid_dist.report.compare.runs import read_object
+from hybrid_dist.files import read_lines, read_object
 from hybrid_dist.training.publish import phase_folder
 from hybrid_dist.training.starts import read_starts
 
@@ -74,13 +72,8 @@ class History:
 
 def read_history(folder: Path, config: Config) -> History:
     """Read what there is; a line that was cut off, or a file that is gone, is left out."""
-    lines = []
-    with contextlib.suppress(OSError), (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for text in file:
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and all(isinstance(line.get(key), int | float) for key in ("step", "time")):
-                    lines.append(line)
+    told = read_lines(folder / "metrics.jsonl")
+    lines = [line for line in told if all(isinstance(line.get(key), int | float) for key in ("step", "time"))]
     starts = read_starts(folder)
     phases, begun = [], 1
     for phase in config.phases:

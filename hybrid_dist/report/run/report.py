@@ -9,11 +9,12 @@ from typing import Any
 
 from hybrid_dist.config import Config
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import read_object
 from hybrid_dist.inference.found import FoundModel, find_model
 from hybrid_dist.report.compare.bootstrap import CONFIDENCE
 from hybrid_dist.report.compare.metrics import Figure, Metric, paired_metrics
 from hybrid_dist.report.compare.pairing import pair
-from hybrid_dist.report.compare.runs import Run, read_best, read_object
+from hybrid_dist.report.compare.runs import Run, read_best
 from hybrid_dist.report.run.history import History, read_history
 from hybrid_dist.report.run.sections import Section, section
 
