@@ -124,6 +124,10 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    max_bad_steps: int = Field(10, ge=1)
+    """So many steps in a row whose loss or gradients are no numbers, or explode: back to the last good checkpoint."""
+    task_balance: Literal["fixed", "uncertainty"] = "fixed"
+    """The tasks' weights in the loss: as they stand, or times what is learned from each task's uncertainty."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from hybrid_dist.distributed.launch import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -55,6 +58,7 @@ class OptimizerSlice:
 class Engine(ABC):
     """A model in training on some topology."""
 
+    topology: Topology
     model: nn.Module
     """The bare model. Under ZeRO 3 its parameters are partitioned: for names, modes and eval, not for values."""
 
@@ -72,6 +76,19 @@ class Engine(ABC):
     @abstractmethod
     def step(self) -> None:
         """Clip, update, and clear the gradients."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor on the device, in place; no host waits for it."""
+        if self.topology.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    @abstractmethod
+    def left_out(self) -> Tensor:
+        """(), fp32 on the device: 1 where the last step's gradients were no numbers and so no weight has changed.
+
+        0 under fp16, whose scaler leaves steps out as a matter of course.
+        """
 
     @abstractmethod
     def grad_norm(self) -> float:
@@ -128,7 +145,11 @@ class Engine(ABC):
 
     def _fresh_state(self, key: Tensor, step: int) -> dict[str, Any]:
         """AdamW's state of `key` after `step` updates, its moments zero."""
-        return {"step": torch.tensor(float(step)), **{kind: torch.zeros_like(key) for kind in MOMENTS}}
+        # Fused, it counts on the device.
+        return {
+            "step": torch.tensor(float(step), device=key.device),
+            **{kind: torch.zeros_like(key) for kind in MOMENTS},
+        }
 
     def _piece(self, part: OptimizerSlice) -> Piece:
         """A trainable run with its weight and, once there is one, its optimizer state."""
@@ -137,6 +158,11 @@ class Engine(ABC):
         if state:
             values.update({kind: part.view(state[kind]) for kind in MOMENTS})
         return Piece(part.name, part.start, values, int(state["step"]) if state else None)
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """(), fp32: 1 where a norm is no number, else 0; a fused optimizer's `found_inf`."""
+    return (~torch.isfinite(norm)).float()
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,7 +24,7 @@ def make_engine(
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.to(topology.device)
-        return PlainEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
+        return PlainEngine(topology, model, _adamw(groups, options), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
     config = configure(topology, model, train, accumulation)
@@ -32,4 +32,9 @@ def make_engine(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
-    return ZeroEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
+    return ZeroEngine(topology, model, _adamw(groups, options), train.clip_norm)
+
+
+def _adamw(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.AdamW:
+    """Fused: one pass over memory instead of several, and a step that can be left out on the device."""
+    return torch.optim.AdamW(groups, fused=True, **options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_dist.config import TrainConfig
-from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, not_finite, set_rate
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.tuning import fill_in, tuned
 
@@ -98,6 +98,17 @@ class ZeroEngine(Engine):
         """Before a stage 0 optimizer's step: gradients are reduced and unscaled by now."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.norm = nn.utils.clip_grad_norm_(trainable, self.clip_norm)
+        if self._scaler() is None:
+            self.optimizer.found_inf = not_finite(self.norm)  # type: ignore[attr-defined]
+
+    def left_out(self) -> Tensor:
+        if self._scaler() is not None:
+            return torch.zeros((), device=self.topology.device)
+        if self.stage == 0:
+            assert self.norm is not None
+            return not_finite(self.norm)
+        # DeepSpeed has looked, and left the step out if so, on all ranks. Filled on the device: nothing is copied.
+        return torch.full((), float(self.zero.overflow), device=self.topology.device)
 
     def grad_norm(self) -> float:
         norm = self.norm if self.stage == 0 else self.engine.get_global_grad_norm()

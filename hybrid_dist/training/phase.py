@@ -21,10 +21,12 @@ from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks,
 from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
+from hybrid_dist.training.guard import Guard, TooManyBad
+from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.optim import learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
-from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
+from hybrid_dist.training.step import LossLog, Made, dropout_seed, label_counts, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
 from hybrid_dist.training.tasks import Metrics
 from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv, validate
@@ -99,7 +101,17 @@ class PhaseLoop:
         self.saver, self.watch = job.saver, job.watch
         self.together = Together(self.control, job.stop, job.saver, job.watch)
         self.length = job.length(phase)
-        self.losses = LossLog(self.control, state.pending)
+        self.objective = Objective(job.tasks)
+        self.losses = LossLog(state.pending)
+        self.guard = Guard(
+            job.folder,
+            state,
+            self.objective,
+            job.train_table,
+            self.config.train.max_bad_steps,
+            self.control,
+            job.sinks.warned,
+        )
         self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
         first = [MetricsFile(self.files["metrics"])] if self.files else []
         self.sinks = Sinks([*first, job.sinks])  # what reads the file is told after it
@@ -126,7 +138,8 @@ class PhaseLoop:
 
         Raises:
             Stopped: someone asked; a checkpoint is written.
-            UserError: too many pictures can't be used, the loss is no number, the last checkpoint can't be written.
+            TooManyBad: the loss or the gradients were no numbers for too many steps in a row.
+            UserError: too many pictures can't be used, the last checkpoint can't be written.
         """
         train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
         feed = Feed(train, ahead=self.job.accumulation)
@@ -143,6 +156,9 @@ class PhaseLoop:
                 self._after_step()
         except AskedToStop:
             self._stop()
+        except TooManyBad:
+            self.saver.finish()
+            raise
         except UserError as error:
             if error.shared:  # all ranks are here: what is being written shall not be lost
                 self.saver.finish()
@@ -185,20 +201,26 @@ class PhaseLoop:
         # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.
         seeds = [dropout_seed(seed, self.phase.name, done, micro * world + rank) for micro in range(len(batches))]
         device, beat = self.topology.device, self.watch.beat
-        shares = train_step(self.engine, self.job.tasks, batches, counts, seeds, device, beat)
-        self.losses.add(shares)
+        losses = train_step(self.engine, self.objective, batches, counts, seeds, device, beat)
         self.state.phase_step += 1
         self.state.step += 1
+        self.losses.add(self.state.step, losses, batches)
         if self.config.debug.trace:
             self._trace(batches)
 
     def _trace(self, batches: list[Batch]) -> None:
         traced = trace_of(batches, self.control)
-        loss = self.losses.rows()[-1][0]
+        loss = self._settle()[-1].losses[0]
         if traced is not None:
             rows, digest = traced
             position = {"phase": self.phase.name, "step": self.state.step}
             self.files["trace"].write(json_line({**position, "sample_ids": rows, "digest": digest, "loss": loss}))
+
+    def _settle(self) -> list[Made]:
+        """Judge the steps whose losses are still on the device; waits for it. All ranks together."""
+        made = self.losses.settle()
+        self.losses.kept += [one.losses for one in made if self.guard.is_good(one)]
+        return made
 
     def _after_step(self) -> None:
         step = self.state.phase_step
@@ -223,14 +245,12 @@ class PhaseLoop:
 
     def _log(self) -> None:
         began = time.monotonic()
-        total, *each = self.losses.take_mean()
+        self._settle()
         # A GPU runs behind the loop; here the loop has waited for it.
         self._worked += time.monotonic() - began
-        if not math.isfinite(total):
-            where = f"phase {self.phase.name}, step {self.state.step}"
-            raise UserError(f"{where}: the loss is {total}; a lower learning rate would do", shared=True)
-        names = [task.name for task in self.job.tasks]
-        values = {"train/loss": total, **{f"train/loss_{name}": loss for name, loss in zip(names, each, strict=True)}}
+        self.guard.check()
+        names = ["train/loss", *(f"train/loss_{task.name}" for task in self.job.tasks)]
+        values: dict[str, Any] = dict(zip(names, self.losses.take_mean() or [None] * len(names), strict=True))
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
         if self._worked > 0:
             values["perf/images_per_s"] = self._seen / self._worked
@@ -306,7 +326,8 @@ class PhaseLoop:
         self.watch.beat("in a checkpoint")
         self.saver.finish()
         self.state.finished = self.state.phase_step == self.length.total and not self.state.validation_due
-        self.state.pending = self.losses.rows()
+        self._settle()
+        self.state.pending = self.losses.kept
         self.state.engine = self.engine.extra_state()
         files, back = self._take_best()
         problem = None

@@ -30,6 +30,11 @@ class Task(ABC):
         self.share = config.share(name)
         self.classes = classes
 
+    @property
+    @abstractmethod
+    def ignorance(self) -> float:
+        """What a label costs a model that knows nothing; 0 where there is nothing to know."""
+
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
         """(B,) bool: which samples carry this label."""
@@ -98,6 +103,10 @@ def make_tasks(configs: Mapping[str, TaskConfig], classes: Mapping[str, tuple[st
 class Classification(Task):
     """One of K classes: cross-entropy."""
 
+    @property
+    def ignorance(self) -> float:
+        return math.log(max(len(self.classes), 1))
+
     def valid(self, target: Tensor) -> Tensor:
         return target >= 0
 
@@ -144,6 +153,10 @@ class Classification(Task):
 @kind("regression")
 class Regression(Task):
     """A score in 0–1: smooth L1."""
+
+    @property
+    def ignorance(self) -> float:
+        return 0.125  # half a unit off
 
     def valid(self, target: Tensor) -> Tensor:
         return ~torch.isnan(target)
