@@ -250,7 +250,8 @@ class PhaseLoop:
         self._worked += time.monotonic() - began
         self.guard.check()
         names = ["train/loss", *(f"train/loss_{task.name}" for task in self.job.tasks)]
-        values: dict[str, Any] = dict(zip(names, self.losses.take_mean() or [None] * len(names), strict=True))
+        mean = self.losses.take_mean()
+        values: dict[str, Any] = dict(zip(names, mean, strict=True)) if mean else dict.fromkeys(names)
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
         if self._worked > 0:
             values["perf/images_per_s"] = self._seen / self._worked
@@ -262,16 +263,23 @@ class PhaseLoop:
         self.job.status("running", self.phase.name, self.state.step, self.topology.label)
 
     def _validate(self) -> None:
-        """Validate, and save the result; if asked to stop on the way, nothing of it has happened."""
+        """Validate, and save the result; if asked to stop on the way, nothing of it has happened.
+
+        Raises:
+            TooManyBad: the model's answers are no numbers.
+        """
         job = self.job
         result = self._run_validation()
         temperature: dict[str, float] = {}
-        metrics: Metrics | None = None
-        if result is not None:
+        metrics: Metrics = {}
+        ruined = result.not_finite() if result is not None else []
+        if result is not None and not ruined:
             temperature, errors = calibration.fit(result, job.tasks)
             metrics = metrics_of(result, job.tasks) | errors
-        metrics, temperature = self.control.from_main((metrics, temperature))
-        assert metrics is not None
+        metrics, temperature, ruined = self.control.from_main((metrics, temperature, ruined))
+        if ruined:
+            of = f"step {self.state.step}: the model's answers for {' and '.join(ruined)}"
+            raise TooManyBad(f"validation after {of} are no numbers")
         self.state.validation_due = False
         files: dict[str, str] = {}
         if result is not None:

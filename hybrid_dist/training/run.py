@@ -549,7 +549,8 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Fo
         raise UserError(_no_way_on(reason), shared=True)
     good = _newest(job, lambda candidate: _check_good(job, phase, candidate))
     if good is None:
-        raise UserError(f"{reason}. There is no good checkpoint to go back to: the run begins with these", shared=True)
+        none = "There is no good checkpoint to go back to; other pictures, labels or weights, or a lower learning rate"
+        raise UserError(f"{reason}. {none} in a new run, would do", shared=True)
     abandoned = state.step
     for key, value in vars(TrainState.from_dict(good.state)).items():
         setattr(state, key, value)
@@ -576,7 +577,7 @@ def _check_good(job: Job, phase: PhaseConfig, found: Found) -> None:
     state = TrainState.from_dict(found.state)
     names = [each.name for each in job.config.phases]
     if state.phase == phase.name and state.bad_streak > 0:
-        raise Damaged(f"{state.bad_streak} bad steps end there")
+        raise Damaged(f"bad steps in a row there: {state.bad_streak}")
     if state.phase != phase.name and not (state.finished and names.index(state.phase) + 1 == names.index(phase.name)):
         raise Damaged(f"it is not what phase {phase.name} begins with")
 

@@ -108,7 +108,7 @@ class Made:
 
 
 class LossLog:
-    """The losses of the steps since the last line in metrics.jsonl; they come from the device when they are asked for."""
+    """The losses of the steps since the last line in metrics.jsonl; they wait on the device until they are wanted."""
 
     def __init__(self, kept: list[list[float]]):
         self.kept = list(kept)
