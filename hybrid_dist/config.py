@@ -105,6 +105,14 @@ class TaskConfig(Section):
     """The task's share in `val/score`. Default: type 0.5, airline 0.2, clarity and block 0.15, any other 0.25."""
     sensitive_to: list[Literal["sharpness", "occlusion", "colour"]] | None = None
     """What augmentation must not touch in a sample that carries this label. Default: by column, else all of it."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a training label that is spread evenly over all classes; `val/loss` stays without it."""
+
+    @model_validator(mode="after")
+    def _of_classes(self) -> TaskConfig:
+        if self.kind == "regression" and self.smoothing > 0:
+            raise ValueError("smoothing spreads a label over classes, and regression has none; smoothing: 0 would do")
+        return self
 
     def share(self, name: str) -> float:
         """The task's weight in `val/score`."""

@@ -56,7 +56,7 @@ def train_step(
             parts = []
             for task in tasks:
                 target = batch.labels[task.name].to(device, non_blocking=True)
-                parts.append(task.losses(outputs[task.name], target).sum() / max(counts[task.name], 1))
+                parts.append(task.training_losses(outputs[task.name], target).sum() / max(counts[task.name], 1))
             total = sum(
                 (task.weight * part for task, part in zip(tasks, parts, strict=True)), start=shares.new_zeros(())
             )

@@ -28,6 +28,7 @@ class Task(ABC):
         self.kind = config.kind
         self.weight = config.weight
         self.share = config.share(name)
+        self.smoothing = config.smoothing
         self.classes = classes
 
     @abstractmethod
@@ -37,6 +38,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """(B,) fp32 loss of each sample, 0 where it has no label; attached to the graph even if none has."""
+
+    def training_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """As `losses`, with what training alone adds: validation's loss stays comparable from config to config."""
+        return self.losses(output, target)
 
     @abstractmethod
     def predict(self, output: Tensor) -> Tensor:
@@ -103,6 +108,12 @@ class Classification(Task):
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
+
+    def training_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """With label smoothing: Szegedy et al., Rethinking the Inception Architecture, CVPR 2016."""
+        return F.cross_entropy(
+            output.float(), target, ignore_index=-1, reduction="none", label_smoothing=self.smoothing
+        )
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().softmax(dim=-1)

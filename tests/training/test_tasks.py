@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.training.tasks import Metrics, Task, make_tasks, score
@@ -14,8 +16,8 @@ from hybrid_dist.training.tasks import Metrics, Task, make_tasks, score
 NAN = math.nan
 
 
-def make(name: str, kind: str, classes: tuple[str, ...] = ()) -> Task:
-    config = TaskConfig.model_validate({"kind": kind, "column": f"{name}name"})
+def make(name: str, kind: str, classes: tuple[str, ...] = (), **more: Any) -> Task:
+    config = TaskConfig.model_validate({"kind": kind, "column": f"{name}name", **more})
     return make_tasks({name: config}, {name: classes})[0]
 
 
@@ -26,6 +28,24 @@ def test_classification_loss_by_hand() -> None:
     losses = task.losses(output, torch.tensor([0, -1, 2]))
     assert losses.tolist() == pytest.approx([-math.log(math.e**2 / (math.e**2 + 2)), 0.0, math.log(3)])
     assert task.valid(torch.tensor([0, -1, 2])).tolist() == [True, False, True]
+
+
+def test_smoothing_is_torchs_in_training_alone() -> None:
+    """Catches: a smoothed val/loss, a blank label that costs something, and smoothing where there are no classes."""
+    task = make("type", "classification", ("A", "B", "C"), smoothing=0.3)
+    output, target = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0], [0.1, 0.2, 5.0]]), torch.tensor([0, -1, 2])
+    logs = output.log_softmax(dim=1)
+    by_hand = [-(0.8 * logs[0, 0] + 0.1 * logs[0, 1] + 0.1 * logs[0, 2]), 0.0]
+    by_hand += [-(0.1 * logs[2, 0] + 0.1 * logs[2, 1] + 0.8 * logs[2, 2])]
+    assert task.training_losses(output, target).tolist() == pytest.approx([float(loss) for loss in by_hand])
+    torch.testing.assert_close(
+        task.training_losses(output, target)[::2],
+        F.cross_entropy(output, target.clamp(min=0), label_smoothing=0.3, reduction="none")[::2],
+    )
+    plain = make("type", "classification", ("A", "B", "C"))
+    assert torch.equal(task.losses(output, target), plain.training_losses(output, target))
+    with pytest.raises(ValueError, match="smoothing: 0 would do"):
+        make("clarity", "regression", smoothing=0.1)
 
 
 def test_regression_loss_by_hand() -> None:
