@@ -107,11 +107,15 @@ class TaskConfig(Section):
     """What augmentation must not touch in a sample that carries this label. Default: by column, else all of it."""
     smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a training label that is spread evenly over all classes; `val/loss` stays without it."""
+    tail: Literal["none", "balanced", "logit_adjusted"] = "none"
+    """How training's loss makes up for rare classes: weights by effective number, or logits shifted by frequency."""
 
     @model_validator(mode="after")
     def _of_classes(self) -> TaskConfig:
         if self.kind == "regression" and self.smoothing > 0:
             raise ValueError("smoothing spreads a label over classes, and regression has none; smoothing: 0 would do")
+        if self.kind == "regression" and self.tail != "none":
+            raise ValueError("tail makes up for rare classes, and regression has none; tail: none would do")
         return self
 
     def share(self, name: str) -> float:

@@ -226,6 +226,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     if not judged:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
+    counts = {name: train_table.class_counts(name, found) for name, found in class_maps.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
@@ -241,7 +242,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     watch = Watch(config.folder, place, config.train.stall_timeout, stuck)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
-        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table, packed={},
+        tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
         sinks=sinks,

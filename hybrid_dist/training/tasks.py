@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.training.calibration import calibration_error
+from hybrid_dist.training.tails import TAILS, Tail
 
 Metrics = dict[str, float | None]
 
@@ -23,12 +24,13 @@ Metrics = dict[str, float | None]
 class Task(ABC):
     """One column of the annotations as something to learn."""
 
-    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...]):
+    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...], tail: Tail):
         self.name = name
         self.kind = config.kind
         self.weight = config.weight
         self.share = config.share(name)
         self.smoothing = config.smoothing
+        self.tail = tail
         self.classes = classes
 
     @abstractmethod
@@ -78,7 +80,7 @@ class Task(ABC):
         return {f"{self.name}_label": self.told(target), **texts}
 
 
-_KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...]], Task]] = {}
+_KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...], Tail], Task]] = {}
 
 
 def kind(name: str) -> Callable[[type[Task]], type[Task]]:
@@ -91,17 +93,34 @@ def kind(name: str) -> Callable[[type[Task]], type[Task]]:
     return register
 
 
-def make_tasks(configs: Mapping[str, TaskConfig], classes: Mapping[str, tuple[str, ...]]) -> list[Task]:
-    """The run's tasks, in the config's order."""
+def make_tasks(
+    configs: Mapping[str, TaskConfig],
+    classes: Mapping[str, tuple[str, ...]],
+    counts: Mapping[str, NDArray[np.int64]] | None = None,
+) -> list[Task]:
+    """The run's tasks, in the config's order.
+
+    Args:
+        counts: For training, the training table's labels of each class, (K,) by classification task: what `tail`
+            follows from. Without it training's losses don't make up for rare classes.
+    """
     unknown = {config.kind for config in configs.values()} - set(_KINDS)
     if unknown:
         raise UserError(f"tasks: unknown kind {', '.join(sorted(unknown))}; there is {', '.join(_KINDS)}")
-    return [_KINDS[config.kind](name, config, classes.get(name, ())) for name, config in configs.items()]
+    tails = {name: TAILS[configs[name].tail](numbers) for name, numbers in (counts or {}).items()}
+    return [
+        _KINDS[config.kind](name, config, classes.get(name, ()), tails.get(name, Tail()))
+        for name, config in configs.items()
+    ]
 
 
 @kind("classification")
 class Classification(Task):
     """One of K classes: cross-entropy."""
+
+    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...], tail: Tail):
+        super().__init__(name, config, classes, tail)
+        self._there: dict[tuple[str, torch.device], Tensor] = {}
 
     def valid(self, target: Tensor) -> Tensor:
         return target >= 0
@@ -110,10 +129,23 @@ class Classification(Task):
         return F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
 
     def training_losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """With label smoothing: Szegedy et al., Rethinking the Inception Architecture, CVPR 2016."""
-        return F.cross_entropy(
-            output.float(), target, ignore_index=-1, reduction="none", label_smoothing=self.smoothing
-        )
+        """With what makes up for rare classes, and label smoothing.
+
+        Smoothing is Szegedy et al.'s, Rethinking the Inception Architecture, CVPR 2016; for the rest see `tails`.
+        """
+        logits = output.float()
+        if self.tail.shifts is not None:
+            logits = logits + self._on_device("shifts", self.tail.shifts, logits.device)
+        losses = F.cross_entropy(logits, target, ignore_index=-1, reduction="none", label_smoothing=self.smoothing)
+        if self.tail.weights is not None:
+            losses = losses * self._on_device("weights", self.tail.weights, logits.device)[target.clamp(min=0)]
+        return losses
+
+    def _on_device(self, name: str, values: NDArray[np.float32], device: torch.device) -> Tensor:
+        # Brought over once: a copy in each step would make the host wait.
+        if (name, device) not in self._there:
+            self._there[name, device] = torch.from_numpy(values).to(device)
+        return self._there[name, device]
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().softmax(dim=-1)
