@@ -54,6 +54,8 @@ class DataConfig(Section):
     """Share of a split's pictures that may be missing or broken: those count as samples without labels."""
     augment: bool = True
     """Augment the training pictures, as far as each sample's labels stay true."""
+    balance: str | None = None
+    """A classification task whose rare classes come more often: in an epoch by the root of their number of pictures."""
 
 
 class BranchConfig(Section):
@@ -228,6 +230,14 @@ class Config(Section):
             f"{name}_{key}": better for name, task in self.tasks.items() for key, better in METRICS[task.kind].items()
         }
         return {"score": 1, **each, **{f"loss_{name}": -1 for name in self.tasks}, "loss": -1}
+
+    @model_validator(mode="after")
+    def _balance_of_classes(self) -> Config:
+        known = [name for name, task in self.tasks.items() if task.kind == "classification"]
+        if self.data.balance is not None and self.data.balance not in known:
+            would = f"{', '.join(known)} or null would do" if known else "null would do, there is none"
+            raise ValueError(f"data.balance: {self.data.balance!r} is no classification task; {would}")
+        return self
 
     @model_validator(mode="after")
     def _distinct_phases(self) -> Config:

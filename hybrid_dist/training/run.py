@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hybrid_dist.data.annotations import (
     untrained,
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
+from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
@@ -93,6 +95,12 @@ class Job:
         """By split."""
         return {"train": self.train_table, "val": self.val_table}
 
+    @cached_property
+    def balance(self) -> Balance | None:
+        """Which rows an epoch draws; None: each once."""
+        task = self.config.data.balance
+        return Balance.of(self.train_table.labels[task]) if task is not None else None
+
     @property
     def sources(self) -> dict[str, Source]:
         """By split."""
@@ -134,7 +142,7 @@ class Job:
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
-            topology.rank, topology.world_size, seed, phase.name, start, end,
+            topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
         plain = Augment(data.image_size, config.tasks, train=False)
         val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
