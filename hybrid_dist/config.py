@@ -56,6 +56,12 @@ class DataConfig(Section):
     """Augment the training pictures, as far as each sample's labels stay true."""
     balance: str | None = None
     """A classification task whose rare classes come more often: in an epoch by the root of their number of pictures."""
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Alpha of the Beta that mixup's shares come from; 0: none. Each mixed picture is loaded beside another one."""
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The same for CutMix; where both are on, half of the mixed pictures each."""
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    """Share of the training pictures that is mixed, where mixup or CutMix is on."""
 
 
 class BranchConfig(Section):

@@ -34,6 +34,7 @@ from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.data.mix import Mixing, alphas, check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
@@ -138,7 +139,7 @@ class Job:
         pin = topology.device.type == "cuda"
         augment = Augment(data.image_size, config.tasks, train=data.augment)
         samples = Samples(
-            self.train_table, augment, seed, phase.name, digest=config.debug.trace, packed=self.packed.get("train")
+            self.train_table, augment, seed, phase.name, config.debug.trace, self.packed.get("train"), self._mixing()
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
@@ -148,6 +149,12 @@ class Job:
         val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
+
+    def _mixing(self) -> Mixing | None:
+        config = self.config
+        if not alphas(config.data):
+            return None
+        return Mixing(config.data, config.tasks, len(self.train_table), self.balance)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -221,6 +228,8 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train
+    for sentence in check_mixing(config.data, config.tasks):
+        terminal.say(sentence)
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)

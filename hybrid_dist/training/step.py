@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import Control, Engine
-from hybrid_dist.training.tasks import Task
+from hybrid_dist.training.tasks import Mixed, Task
 
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
 
 
 def label_counts(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[int]:
-    """This rank's labels of each task in the step, and its samples without padding."""
-    counts = [sum(int(task.valid(batch.labels[task.name]).sum()) for batch in batches) for task in tasks]
+    """This rank's labels of each task in the step, in parts of a `WHOLE`th, and its samples without padding.
+
+    Whole numbers, for their sum is the same in whatever order ranks and micro batches add it up.
+    """
+
+    def parts(task: Task, batch: Batch) -> int:
+        labelled = task.labelled(batch.labels[task.name], _mixed(batch, task.name))
+        return int((labelled.double() * WHOLE).round().sum())
+
+    counts = [sum(parts(task, batch) for batch in batches) for task in tasks]
     return [*counts, sum(int((batch.rows >= 0).sum()) for batch in batches)]
 
 
@@ -26,7 +35,7 @@ def train_step(
     engine: Engine,
     tasks: Sequence[Task],
     batches: Sequence[Batch],
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
     seeds: Sequence[int],
     device: torch.device,
     beat: Callable[[str], None],
@@ -37,7 +46,7 @@ def train_step(
     micro batches: a mean of means would weigh a label by how few others came along in its micro batch.
 
     Args:
-        counts: Labels of each task in the global batch.
+        counts: Labels of each task in the global batch; of mixed samples the share that is labelled.
         seeds: For each micro batch, what its dropout and stochastic depth follow from.
         beat: Told of each thing that is done.
 
@@ -56,7 +65,8 @@ def train_step(
             parts = []
             for task in tasks:
                 target = batch.labels[task.name].to(device, non_blocking=True)
-                parts.append(task.training_losses(outputs[task.name], target).sum() / max(counts[task.name], 1))
+                losses = task.training_losses(outputs[task.name], target, _mixed(batch, task.name, device))
+                parts.append(losses.sum() / (counts[task.name] or 1))
             total = sum(
                 (task.weight * part for task, part in zip(tasks, parts, strict=True)), start=shares.new_zeros(())
             )
@@ -64,6 +74,14 @@ def train_step(
             engine.backward(total, last)
     engine.step()
     return shares
+
+
+def _mixed(batch: Batch, task: str, device: torch.device | None = None) -> Mixed | None:
+    """What the batch's samples are mixed with, as a task sees it, on the host or a device."""
+    if batch.mix is None:
+        return None
+    mixed = Mixed(batch.mix.shares, batch.mix.labels[task])
+    return mixed if device is None else Mixed(*(tensor.to(device, non_blocking=True) for tensor in mixed))
 
 
 def dropout_seed(seed: int, phase: str, step: int, micro_batch: int) -> int:

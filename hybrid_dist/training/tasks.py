@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ from hybrid_dist.training.calibration import calibration_error
 from hybrid_dist.training.tails import TAILS, Tail
 
 Metrics = dict[str, float | None]
+
+
+class Mixed(NamedTuple):
+    """What a micro batch's samples are mixed with: (B,) fp32 shares that are their own, and their partners' labels."""
+
+    shares: Tensor
+    partners: Tensor
 
 
 class Task(ABC):
@@ -41,9 +48,16 @@ class Task(ABC):
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """(B,) fp32 loss of each sample, 0 where it has no label; attached to the graph even if none has."""
 
-    def training_losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """As `losses`, with what training alone adds: validation's loss stays comparable from config to config."""
-        return self.losses(output, target)
+    @abstractmethod
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        """(B,) fp32, in 0–1: how much of each sample carries this label in training; 0 or 1 where nothing is mixed."""
+
+    @abstractmethod
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        """As `losses`, with what training alone adds: validation's loss stays comparable from config to config.
+
+        A sample that is labelled in part has that part of the loss.
+        """
 
     @abstractmethod
     def predict(self, output: Tensor) -> Tensor:
@@ -128,7 +142,19 @@ class Classification(Task):
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
 
-    def training_losses(self, output: Tensor, target: Tensor) -> Tensor:
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        own = self.valid(target).float()
+        if mixed is None:
+            return own
+        return mixed.shares * own + (1 - mixed.shares) * self.valid(mixed.partners).float()
+
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        own = self._training_losses(output, target)
+        if mixed is None:
+            return own
+        return mixed.shares * own + (1 - mixed.shares) * self._training_losses(output, mixed.partners)
+
+    def _training_losses(self, output: Tensor, target: Tensor) -> Tensor:
         """With what makes up for rare classes, and label smoothing.
 
         Smoothing is Szegedy et al.'s, Rethinking the Inception Architecture, CVPR 2016; for the rest see `tails`.
@@ -196,6 +222,12 @@ class Regression(Task):
         each = F.smooth_l1_loss(output.float(), torch.where(known, target, 0.0), reduction="none")
         return torch.where(known, each, 0.0)
 
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        return self.valid(_mean(target, mixed)).float()
+
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        return self.losses(output, _mean(target, mixed))
+
     def predict(self, output: Tensor) -> Tensor:
         return output.float()
 
@@ -222,6 +254,13 @@ class Regression(Task):
 
     def told(self, target: NDArray[np.generic]) -> list[str]:
         return ["" if np.isnan(label) else f"{label:.6g}" for label in target.astype(np.float64)]
+
+
+def _mean(target: Tensor, mixed: Mixed | None) -> Tensor:
+    """(B,) scores: of a mixed sample the mean of both; none where either has none."""
+    if mixed is None:
+        return target
+    return torch.where(mixed.shares < 1, mixed.shares * target + (1 - mixed.shares) * mixed.partners, target)
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:

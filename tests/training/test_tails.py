@@ -32,7 +32,7 @@ def test_balanced_by_hand() -> None:
     each = F.cross_entropy(OUTPUT[[0, 2, 3]], TARGET[[0, 2, 3]], reduction="none") * torch.from_numpy(
         weights[[0, 1, 3]]
     )
-    found = make("balanced").training_losses(OUTPUT, TARGET)
+    found = make("balanced").training_losses(OUTPUT, TARGET, None)
     assert found.tolist() == pytest.approx([float(each[0]), 0.0, float(each[1]), float(each[2])])
 
 
@@ -45,16 +45,16 @@ def test_logit_adjusted_by_hand() -> None:
     each = F.cross_entropy(
         OUTPUT + torch.from_numpy(shifts), TARGET, ignore_index=-1, label_smoothing=0.1, reduction="none"
     )
-    torch.testing.assert_close(task.training_losses(OUTPUT, TARGET), each)
-    assert task.training_losses(OUTPUT, TARGET).isfinite().all()
-    assert torch.equal(task.losses(OUTPUT, TARGET), make("none").training_losses(OUTPUT, TARGET))
+    torch.testing.assert_close(task.training_losses(OUTPUT, TARGET, None), each)
+    assert task.training_losses(OUTPUT, TARGET, None).isfinite().all()
+    assert torch.equal(task.losses(OUTPUT, TARGET), make("none").training_losses(OUTPUT, TARGET, None))
 
 
 @pytest.mark.parametrize("tail", ["balanced", "logit_adjusted"])
 def test_no_label_at_all_keeps_the_graph(tail: str) -> None:
     """Catches: a rank without labels whose backward fails, or whose gradients are not zero."""
     output = torch.rand(4, 4, requires_grad=True)
-    make(tail).training_losses(output, torch.full((4,), -1)).sum().backward()
+    make(tail).training_losses(output, torch.full((4,), -1), None).sum().backward()
     assert output.grad is not None
     assert output.grad.abs().sum() == 0
 
