@@ -54,6 +54,14 @@ class DataConfig(Section):
     """Share of a split's pictures that may be missing or broken: those count as samples without labels."""
     augment: bool = True
     """Augment the training pictures, as far as each sample's labels stay true."""
+    balance: str | None = None
+    """A classification task whose rare classes come more often: in an epoch by the root of their number of pictures."""
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Alpha of the Beta that mixup's shares come from; 0: none. Each mixed picture is loaded beside another one."""
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The same for CutMix; where both are on, half of the mixed pictures each."""
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    """Share of the training pictures that is mixed, where mixup or CutMix is on."""
 
 
 class BranchConfig(Section):
@@ -105,6 +113,18 @@ class TaskConfig(Section):
     """The task's share in `val/score`. Default: type 0.5, airline 0.2, clarity and block 0.15, any other 0.25."""
     sensitive_to: list[Literal["sharpness", "occlusion", "colour"]] | None = None
     """What augmentation must not touch in a sample that carries this label. Default: by column, else all of it."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a training label that is spread evenly over all classes; `val/loss` stays without it."""
+    tail: Literal["none", "balanced", "logit_adjusted"] = "none"
+    """How training's loss makes up for rare classes: weights by effective number, or logits shifted by frequency."""
+
+    @model_validator(mode="after")
+    def _of_classes(self) -> TaskConfig:
+        if self.kind == "regression" and self.smoothing > 0:
+            raise ValueError("smoothing spreads a label over classes, and regression has none; smoothing: 0 would do")
+        if self.kind == "regression" and self.tail != "none":
+            raise ValueError("tail makes up for rare classes, and regression has none; tail: none would do")
+        return self
 
     def share(self, name: str) -> float:
         """The task's weight in `val/score`."""
@@ -220,6 +240,14 @@ class Config(Section):
             f"{name}_{key}": better for name, task in self.tasks.items() for key, better in METRICS[task.kind].items()
         }
         return {"score": 1, **each, **{f"loss_{name}": -1 for name in self.tasks}, "loss": -1}
+
+    @model_validator(mode="after")
+    def _balance_of_classes(self) -> Config:
+        known = [name for name, task in self.tasks.items() if task.kind == "classification"]
+        if self.data.balance is not None and self.data.balance not in known:
+            would = f"{', '.join(known)} or null would do" if known else "null would do, there is none"
+            raise ValueError(f"data.balance: {self.data.balance!r} is no classification task; {would}")
+        return self
 
     @model_validator(mode="after")
     def _distinct_phases(self) -> Config:

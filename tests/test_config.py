@@ -69,6 +69,8 @@ def test_defaults_and_overrides(minimal: Path) -> None:
         ("phases=[]", ["phases"]),
         ("model.cnn=null", ["model", "model.cnn"]),
         ("run.name=a/b", ["run.name"]),
+        ("data.balance=clarity", ["data.balance", "type"]),
+        ("tasks.type.smoothing=1", ["tasks.type.smoothing"]),
         ("no equals sign", ["key.path=value"]),
         ("run.name.x=1", ["run.name.x"]),
     ],

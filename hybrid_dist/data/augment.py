@@ -82,9 +82,10 @@ def sensitivity(task: TaskConfig) -> frozenset[str]:
     return SENSITIVE_COLUMNS.get(task.column, EFFECTS)
 
 
-def sample_key(seed: int, phase: str, epoch: int, row: int) -> int:
-    """128 bits that depend on these four alone, the same on every machine and in every process."""
-    return int.from_bytes(blake2b(f"sample/{seed}/{phase}/{epoch}/{row}".encode(), digest_size=16).digest(), "little")
+def sample_key(seed: int, phase: str, epoch: int, row: int, purpose: str = "sample") -> int:
+    """128 bits that depend on these five alone, the same on every machine and in every process."""
+    text = f"{purpose}/{seed}/{phase}/{epoch}/{row}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 class Augment:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_dist.checkpoint import Content, Found
 from hybrid_dist.config import PhaseConfig
+from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
@@ -175,7 +176,7 @@ class PhaseLoop:
         label, later = f"phase {self.phase.name}", self.job.steps_after(self.phase)
         self.job.terminal.start(label, self.state.phase_step, self.length.total, later)
 
-    def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, int]]:
+    def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, float]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
 
@@ -188,12 +189,12 @@ class PhaseLoop:
             self._met_bad("train", batches)
         self.state.samples += samples
         self._seen += samples
-        return batches, {task.name: count for task, count in zip(tasks, counts, strict=True)}
+        return batches, {task.name: count / WHOLE for task, count in zip(tasks, counts, strict=True)}
 
     def _met_bad(self, split: str, batches: list[Batch]) -> None:
         self.bad.note(split, {row: reason for batch in batches for row, reason in batch.bad.items()})
 
-    def _step(self, batches: list[Batch], counts: dict[str, int]) -> None:
+    def _step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         done = self.state.phase_step
         self.lr = learning_rate(done, self.length.total, self.phase.lr, self.phase.warmup)
         self.engine.set_lr(self.lr)

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from hybrid_dist.data.annotations import (
     untrained,
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
+from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
 from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.data.mix import Mixing, alphas, check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
@@ -94,6 +97,12 @@ class Job:
         """By split."""
         return {"train": self.train_table, "val": self.val_table}
 
+    @cached_property
+    def balance(self) -> Balance | None:
+        """Which rows an epoch draws; None: each once."""
+        task = self.config.data.balance
+        return Balance.of(self.train_table.labels[task]) if task is not None else None
+
     @property
     def sources(self) -> dict[str, Source]:
         """By split."""
@@ -133,16 +142,22 @@ class Job:
         pin = topology.device.type == "cuda"
         augment = Augment(data.image_size, config.tasks, train=data.augment)
         samples = Samples(
-            self.train_table, augment, seed, phase.name, digest=config.debug.trace, packed=self.packed.get("train")
+            self.train_table, augment, seed, phase.name, config.debug.trace, self.packed.get("train"), self._mixing()
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
-            topology.rank, topology.world_size, seed, phase.name, start, end,
+            topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
         plain = Augment(data.image_size, config.tasks, train=False)
         val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
+
+    def _mixing(self) -> Mixing | None:
+        config = self.config
+        if not alphas(config.data):
+            return None
+        return Mixing(config.data, config.tasks, len(self.train_table), self.balance)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -216,6 +231,8 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train
+    for sentence in check_mixing(config.data, config.tasks):
+        terminal.say(sentence)
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
@@ -229,6 +246,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     if not judged:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
+    counts = {name: train_table.class_counts(name, found) for name, found in class_maps.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
@@ -244,7 +262,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     watch = Watch(config.folder, place, config.train.stall_timeout, stuck)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
-        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table, packed={},
+        tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
         sinks=sinks,

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import Control, Engine
-from hybrid_dist.training.objective import Objective
+from hybrid_dist.training.objective import Objective, mixed_with
 from hybrid_dist.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -21,8 +22,16 @@ if TYPE_CHECKING:
 
 
 def label_counts(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[int]:
-    """This rank's labels of each task in the step, and its samples without padding."""
-    counts = [sum(int(task.valid(batch.labels[task.name]).sum()) for batch in batches) for task in tasks]
+    """This rank's labels of each task in the step, in parts of a `WHOLE`th, and its samples without padding.
+
+    Whole numbers, for their sum is the same in whatever order ranks and micro batches add it up.
+    """
+
+    def parts(task: Task, batch: Batch) -> int:
+        labelled = task.labelled(batch.labels[task.name], mixed_with(batch, task.name))
+        return int((labelled.double() * WHOLE).round().sum())
+
+    counts = [sum(parts(task, batch) for batch in batches) for task in tasks]
     return [*counts, sum(int((batch.rows >= 0).sum()) for batch in batches)]
 
 
@@ -41,7 +50,7 @@ def train_step(
     engine: Engine,
     objective: Objective,
     batches: Sequence[Batch],
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
     seeds: Sequence[int],
     device: torch.device,
     beat: Callable[[str], None],
@@ -52,7 +61,7 @@ def train_step(
     micro batches: a mean of means would weigh a label by how few others came along in its micro batch.
 
     Args:
-        counts: Labels of each task in the global batch.
+        counts: Labels of each task in the global batch; of mixed samples the share that is labelled.
         seeds: For each micro batch, what its dropout and stochastic depth follow from.
         beat: Told of each thing that is done.
 
