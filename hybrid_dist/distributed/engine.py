@@ -83,7 +83,7 @@ class Engine(ABC):
 
     @abstractmethod
     def set_lr(self, lr: float) -> None:
-        """The rate of the next step."""
+        """The rate of the next step: of the groups whose `lr_scale` is 1, and of the others that much less."""
 
     @property
     @abstractmethod
@@ -140,6 +140,6 @@ class Engine(ABC):
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group, in proportion to its `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

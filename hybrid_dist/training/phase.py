@@ -93,7 +93,8 @@ class Layout:
 class PhaseLoop:
     """Takes a phase from where `state` stands to its end."""
 
-    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout):
+    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout, peak_lr: float):
+        """`peak_lr`: of the phase, the highest of its rates."""
         self.job, self.phase, self.state, self.engine, self.layout = job, phase, state, engine, layout
         self.config, self.topology, self.control = job.config, job.topology, job.topology.control
         self.saver, self.watch = job.saver, job.watch
@@ -109,7 +110,7 @@ class PhaseLoop:
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
-        self.lr = 0.0
+        self.lr, self.peak_lr = 0.0, peak_lr
         self._judged: Judged | None = None
 
     def _lines(self, name: str) -> Lines:
@@ -179,7 +180,7 @@ class PhaseLoop:
 
     def _step(self, batches: list[Batch], counts: dict[str, int]) -> None:
         done = self.state.phase_step
-        self.lr = learning_rate(done, self.length.total, self.phase.lr, self.phase.warmup)
+        self.lr = learning_rate(done, self.length.total, self.peak_lr, self.phase.warmup)
         self.engine.set_lr(self.lr)
         world, rank, seed = self.topology.world_size, self.topology.rank, self.config.run.seed
         # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.

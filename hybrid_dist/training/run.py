@@ -42,7 +42,7 @@ from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
     best_is_there,
@@ -315,6 +315,10 @@ def _first_model(job: Job) -> Hybrid:
             model.set_trainable(phase.trainable)
         except UserError as error:
             raise UserError(f"phases.{index}.trainable: {error}") from None
+        try:
+            peak_rates(model, phase)
+        except UserError as error:
+            raise UserError(f"phases.{index}.{error}") from None
     return model
 
 
@@ -524,7 +528,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
-    groups = param_groups(model, job.config.train.weight_decay, optimizer.step if optimizer is not None else None)
+    peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
+    groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
     engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
     try:
@@ -538,7 +543,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         job.stop.wait_for_the_loop()
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
-        return PhaseLoop(job, phase, state, engine, layout).run()
+        return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
     finally:
         engine.close()
 
