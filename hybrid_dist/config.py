@@ -142,6 +142,8 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    ema: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    """Decay of a running mean of the weights, such as 0.999: that is what is validated and kept; null: no mean."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
 

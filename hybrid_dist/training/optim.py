@@ -109,5 +109,14 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_fraction: flo
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
+def ema_decay(step: int, most: float) -> float:
+    """How much of the weights' running mean stays at the phase's `step`-th step, counted from 1.
+
+    min(`most`, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage with `num_updates`: the mean soon
+    forgets where the phase began.
+    """
+    return min(most, (1 + step) / (10 + step))
+
+
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(table in name for table in TABLES)

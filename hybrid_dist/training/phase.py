@@ -21,7 +21,7 @@ from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks,
 from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
-from hybrid_dist.training.optim import learning_rate
+from hybrid_dist.training.optim import ema_decay, learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
@@ -188,6 +188,8 @@ class PhaseLoop:
         device, beat = self.topology.device, self.watch.beat
         shares = train_step(self.engine, self.job.tasks, batches, counts, seeds, device, beat)
         self.losses.add(shares)
+        if self.config.train.ema is not None:
+            self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))
         self.state.phase_step += 1
         self.state.step += 1
         if self.config.debug.trace:
@@ -244,8 +246,8 @@ class PhaseLoop:
 
     def _validate(self) -> None:
         """Validate, and save the result; if asked to stop on the way, nothing of it has happened."""
-        job = self.job
-        result = self._run_validation()
+        job, ends = self.job, self.state.phase_step == self.length.total
+        result = self._judge_averaged()
         temperature: dict[str, float] = {}
         metrics: Metrics | None = None
         if result is not None:
@@ -253,6 +255,7 @@ class PhaseLoop:
             metrics = metrics_of(result, job.tasks) | errors
         metrics, temperature = self.control.from_main((metrics, temperature))
         assert metrics is not None
+        raw = self._judge_raw() if ends and self.config.train.ema is not None else {}
         self.state.validation_due = False
         files: dict[str, str] = {}
         if result is not None:
@@ -261,8 +264,28 @@ class PhaseLoop:
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
             self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
         self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, temperature, files)
-        self._write_metrics(metrics)
-        self._save(wait=self.state.phase_step == self.length.total)
+        self._write_metrics(metrics | raw)
+        self._save(wait=ends)
+
+    def _judge_averaged(self) -> Validated | None:
+        """Validate the weights' running mean, if one is kept, else the weights."""
+        asked, result = None, None
+        with self.engine.averaged():
+            try:
+                result = self._run_validation()
+            except AskedToStop as request:  # all ranks are here; a checkpoint wants the weights back in their place
+                asked = request
+        if asked is not None:
+            raise asked
+        return result
+
+    def _judge_raw(self) -> Metrics:
+        """What the weights would have scored themselves; rank 0 knows."""
+        result = self._run_validation()
+        if result is None:
+            return {}
+        metrics = metrics_of(result, self.job.tasks)
+        return {f"val_raw/{key}": metrics[f"val/{key}"] for key in ("score", "loss")}
 
     def _run_validation(self) -> Validated | None:
         job, feed = self.job, Feed(self.val)

@@ -537,6 +537,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
+            engine.load_average(optimizer)
         # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
         # shall not find some of them before this line and some behind it.
         job.topology.control.barrier()
@@ -549,10 +550,11 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
-    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
+    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before, which are
+    means if it kept any."""
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
-        return found.reader().weights(layout.shapes)
+        return found.reader().weights(layout.shapes, averaged=before != phase.name)
     return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
