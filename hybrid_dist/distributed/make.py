@@ -19,8 +19,18 @@ def make_engine(
 ) -> Engine:
     """Put `model` with AdamW over `groups` (as `param_groups` gives them) on the topology.
 
-    The model's weights have to be right by now: ZeRO takes its fp32 master copies from them.
+    The model's weights have to be right by now: ZeRO takes its fp32 master copies from them, and their mean, if
+    `train.ema` asks for one, begins there.
     """
+    engine = _make(topology, model, groups, train, accumulation)
+    if train.ema is not None:
+        engine.keep_average()
+    return engine
+
+
+def _make(
+    topology: Topology, model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, accumulation: int
+) -> Engine:
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.to(topology.device)

@@ -85,6 +85,9 @@ class PlainEngine(Engine):
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
+    def _spread(self) -> None:
+        """Nothing: they are the model's own, on every rank."""
+
     def close(self) -> None:
         self.trainable = []
         self.wrapped, self.prepared, self.model = self.accelerator.free_memory(self.wrapped, self.prepared, self.model)

@@ -187,6 +187,18 @@ class ZeroEngine(Engine):
             return self.engine.torch_autocast_z0_gradscaler
         return getattr(self.zero, "torch_autocast_gradscaler", None)
 
+    def _spread(self) -> None:
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            # As DeepSpeed does after a step. What is gathered, above all the small ones that stay so, is stale.
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self.zero.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+
     def close(self) -> None:
         # Destroys DeepSpeed's engine, hooks and buffers with it.
         self.accelerator.free_memory()

@@ -10,14 +10,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig
+from hybrid_dist.config import PARTS, BranchConfig, ModelConfig, TaskConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.backbones import Backbone, Features, check_name, probe
 from hybrid_dist.model.fusion import Fusion, build_fusion, find_fusion
 from hybrid_dist.model.heads import BALANCE, HEADS, Balance, Head
 from hybrid_dist.model.weights import find_weights, load_weights
 
-PARTS = ("cnn", "transformer", "fusion", "heads")
 # A module's attribute can't be called `type` (nn.Module has a method of that name), a task can.
 HEAD_PREFIX = "task_"
 BALANCE_HEAD = "balance"

@@ -381,7 +381,7 @@ def _definitions(config: Config) -> Iterator[dict[str, Any]]:
     """Axes, and which value of a metric the summary shows. Each names its axis: a definition replaces another."""
     for axis in ("step", "samples"):
         yield {"name": axis, "hidden": True}
-    for name in ("train/*", "val/*", "perf/*", "node/*", "phase_index", "epoch"):
+    for name in ("train/*", "val/*", "val_raw/*", "perf/*", "node/*", "phase_index", "epoch"):
         yield {"name": name, "step_metric": "step"}
     for name, better in config.metrics().items():
         yield {"name": f"val/{name}", "step_metric": "step", "summary": "max" if better > 0 else "min"}

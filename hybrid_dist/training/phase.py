@@ -24,7 +24,7 @@ from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
 from hybrid_dist.training.guard import Guard, TooManyBad
 from hybrid_dist.training.objective import Objective
-from hybrid_dist.training.optim import learning_rate
+from hybrid_dist.training.optim import ema_decay, learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, Made, dropout_seed, label_counts, trace_of, train_step
@@ -96,7 +96,8 @@ class Layout:
 class PhaseLoop:
     """Takes a phase from where `state` stands to its end."""
 
-    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout):
+    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout, peak_lr: float):
+        """`peak_lr`: of the phase, the highest of its rates."""
         self.job, self.phase, self.state, self.engine, self.layout = job, phase, state, engine, layout
         self.config, self.topology, self.control = job.config, job.topology, job.topology.control
         self.saver, self.watch = job.saver, job.watch
@@ -122,7 +123,7 @@ class PhaseLoop:
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
-        self.lr = 0.0
+        self.lr, self.peak_lr = 0.0, peak_lr
         self._judged: Judged | None = None
 
     def _lines(self, name: str) -> Lines:
@@ -196,13 +197,15 @@ class PhaseLoop:
 
     def _step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         done = self.state.phase_step
-        self.lr = learning_rate(done, self.length.total, self.phase.lr, self.phase.warmup)
+        self.lr = learning_rate(done, self.length.total, self.peak_lr, self.phase.warmup)
         self.engine.set_lr(self.lr)
         world, rank, seed = self.topology.world_size, self.topology.rank, self.config.run.seed
         # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.
         seeds = [dropout_seed(seed, self.phase.name, done, micro * world + rank) for micro in range(len(batches))]
         device, beat = self.topology.device, self.watch.beat
         losses = train_step(self.engine, self.objective, batches, counts, seeds, device, beat)
+        if self.config.train.ema is not None:
+            self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))
         self.state.phase_step += 1
         self.state.step += 1
         self.losses.add(self.state.step, losses, batches)
@@ -269,8 +272,8 @@ class PhaseLoop:
         Raises:
             TooManyBad: the model's answers are no numbers.
         """
-        job = self.job
-        result = self._run_validation()
+        job, ends = self.job, self.state.phase_step == self.length.total
+        result = self._judge_averaged()
         temperature: dict[str, float] = {}
         metrics: Metrics = {}
         ruined = result.not_finite() if result is not None else []
@@ -281,6 +284,7 @@ class PhaseLoop:
         if ruined:
             of = f"step {self.state.step}: the model's answers for {' and '.join(ruined)}"
             raise TooManyBad(f"validation after {of} are no numbers")
+        raw = self._judge_raw() if ends and self.config.train.ema is not None else {}
         self.state.validation_due = False
         files: dict[str, str] = {}
         if result is not None:
@@ -289,8 +293,28 @@ class PhaseLoop:
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
             self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
         self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, temperature, files)
-        self._write_metrics(metrics)
-        self._save(wait=self.state.phase_step == self.length.total)
+        self._write_metrics(metrics | raw)
+        self._save(wait=ends)
+
+    def _judge_averaged(self) -> Validated | None:
+        """Validate the weights' running mean, if one is kept, else the weights."""
+        asked, result = None, None
+        with self.engine.averaged():
+            try:
+                result = self._run_validation()
+            except AskedToStop as request:  # all ranks are here; a checkpoint wants the weights back in their place
+                asked = request
+        if asked is not None:
+            raise asked
+        return result
+
+    def _judge_raw(self) -> Metrics:
+        """What the weights would have scored themselves; rank 0 knows."""
+        result = self._run_validation()
+        if result is None:
+            return {}
+        metrics = metrics_of(result, self.job.tasks)
+        return {f"val_raw/{key}": metrics[f"val/{key}"] for key in ("score", "loss")}
 
     def _run_validation(self) -> Validated | None:
         job, feed = self.job, Feed(self.val)

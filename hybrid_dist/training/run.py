@@ -46,7 +46,7 @@ from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
     best_is_there,
@@ -339,6 +339,10 @@ def _first_model(job: Job) -> Hybrid:
             model.set_trainable(phase.trainable)
         except UserError as error:
             raise UserError(f"phases.{index}.trainable: {error}") from None
+        try:
+            peak_rates(model, phase)
+        except UserError as error:
+            raise UserError(f"phases.{index}.{error}") from None
     return model
 
 
@@ -613,7 +617,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
-    groups = param_groups(model, job.config.train.weight_decay, optimizer.step if optimizer is not None else None)
+    peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
+    groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
     engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
     try:
@@ -621,22 +626,24 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
+            engine.load_average(optimizer)
         # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
         # shall not find some of them before this line and some behind it.
         job.topology.control.barrier()
         job.stop.wait_for_the_loop()
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
-        return PhaseLoop(job, phase, state, engine, layout).run()
+        return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
     finally:
         engine.close()
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
-    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
+    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before, which are
+    means if it kept any."""
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
-        return found.reader().weights(layout.shapes)
+        return found.reader().weights(layout.shapes, averaged=before != phase.name)
     return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
