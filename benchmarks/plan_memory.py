@@ -35,7 +35,7 @@ from hybrid_dist.data.dataset import Batch
 from hybrid_dist.distributed import Engine, Topology, leave, make_engine, start
 from hybrid_dist.model.hybrid import build_model
 from hybrid_dist.plan import Planner
-from hybrid_dist.plan.classes import ASSUMED
+from hybrid_dist.plan.split import ASSUMED
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks

@@ -128,7 +128,7 @@ def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_number_of_processes_is_named(planner: Planner, config_file: Path) -> None:
     """Catches: a command that starts 2 processes where 4 were planned."""
-    lines = advice(plan(planner, 80_000_000_000), str(config_file), [])
+    lines = advice(plan(planner, 80_000_000_000), str(config_file), [], 8)
     assert lines[0] == "all phases: ddp, micro batch 4"
     assert "--num_processes 4 train.py" in lines[1]
 
