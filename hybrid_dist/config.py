@@ -163,6 +163,8 @@ class PhaseConfig(Section):
     """In a backbone each layer's rate is so many times that of the layer above it; null: one rate for all."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
+    patience: int | None = Field(None, ge=1)
+    """The phase ends early after so many validations in a row without a better `val/score`; null: it does not."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
     carry_optimizer: bool = False
