@@ -142,6 +142,8 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    deterministic: bool = False
+    """Use algorithms alone that give the same bits each time, also on a GPU; slower there."""
     ema: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
     """Decay of a running mean of the weights, such as 0.999: that is what is validated and kept; null: no mean."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
@@ -282,7 +284,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "stall_timeout"},
+    "train": {"micro_batch_size", "deterministic", "stall_timeout"},
 }
 
 
