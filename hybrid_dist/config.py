@@ -162,6 +162,8 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    deterministic: bool = False
+    """Use algorithms alone that give the same bits each time, also on a GPU; slower there."""
     ema: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
     """Decay of a running mean of the weights, such as 0.999: that is what is validated and kept; null: no mean."""
     max_bad_steps: int = Field(10, ge=1)
@@ -187,6 +189,8 @@ class PhaseConfig(Section):
     """In a backbone each layer's rate is so many times that of the layer above it; null: one rate for all."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
+    patience: int | None = Field(None, ge=1)
+    """The phase ends early after so many validations in a row without a better `val/score`; null: it does not."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
     carry_optimizer: bool = False
@@ -312,7 +316,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "stall_timeout"},
+    "train": {"micro_batch_size", "deterministic", "stall_timeout"},
 }
 
 

@@ -368,7 +368,8 @@ def _count_lines(file: Path, keep: int) -> int:
 
 
 def _for_wandb(config: Config, lengths: Mapping[str, int]) -> dict[str, Any]:
-    """The resolved config, without what stands before an @ in an address; and the steps at which the phases begin."""
+    """The resolved config, without what stands before an @ in an address; and the steps at which the phases begin, if
+    those before them don't end early."""
     values: dict[str, Any] = json.loads(without_logins(json.dumps(config.model_dump(mode="json"))))
     begins, at = {}, 0
     for name, length in lengths.items():

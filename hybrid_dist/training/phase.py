@@ -125,6 +125,7 @@ class PhaseLoop:
         self._seen = 0
         self.lr, self.peak_lr = 0.0, peak_lr
         self._judged: Judged | None = None
+        self._ended = False
 
     def _lines(self, name: str) -> Lines:
         keep = self.state.positions.get(name, 0)
@@ -149,7 +150,7 @@ class PhaseLoop:
             if self.state.validation_due:
                 self._validate()
             self._begin()
-            while self.state.phase_step < self.length.total:
+            while not self._ended:
                 began = time.monotonic()
                 batches, counts = self._take(feed)
                 self._waited += time.monotonic() - began
@@ -272,7 +273,7 @@ class PhaseLoop:
         Raises:
             TooManyBad: the model's answers are no numbers.
         """
-        job, ends = self.job, self.state.phase_step == self.length.total
+        job = self.job
         result = self._judge_averaged()
         temperature: dict[str, float] = {}
         metrics: Metrics = {}
@@ -284,17 +285,35 @@ class PhaseLoop:
         if ruined:
             of = f"step {self.state.step}: the model's answers for {' and '.join(ruined)}"
             raise TooManyBad(f"validation after {of} are no numbers")
+        score = metrics["val/score"] or 0.0
+        ends = self._ends_with(score)
         raw = self._judge_raw() if ends and self.config.train.ema is not None else {}
-        self.state.validation_due = False
+        self.state.validation_due, self._ended = False, ends
         files: dict[str, str] = {}
         if result is not None:
             names = [job.val_table.filename(int(row)) for row in result.rows]
             result = calibration.calibrated(result, temperature)
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
             self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
-        self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, temperature, files)
+        self._judged = Judged(self.state.step, score, metrics, temperature, files)
         self._write_metrics(metrics | raw)
         self._save(wait=ends)
+
+    def _better(self, score: float) -> bool:
+        return self.state.best_score is None or score > self.state.best_score
+
+    def _ends_with(self, score: float) -> bool:
+        """Whether this step's validation, with that score, is the phase's last; the same on all ranks."""
+        if self.state.phase_step == self.length.total:
+            return True
+        patience, stale = self.phase.patience, 0 if self._better(score) else self.state.stale + 1
+        if patience is None or stale < patience:
+            return False
+        self.job.terminal.say(
+            f"phase {self.phase.name} ends at step {self.state.phase_step} of {self.length.total}:"
+            f" {stale} validations in a row brought no better score than {self.state.best_score:.4f}"
+        )
+        return True
 
     def _judge_averaged(self) -> Validated | None:
         """Validate the weights' running mean, if one is kept, else the weights."""
@@ -338,14 +357,18 @@ class PhaseLoop:
         a best whose checkpoint can't be written is none, for its weights are lost."""
         state, judged = self.state, self._judged
         before = state.best_score, state.best_step, state.best_metrics, state.best_temperature
+        stale = state.stale
 
         def back() -> None:
             state.best_score, state.best_step, state.best_metrics, state.best_temperature = before
+            state.stale = stale
 
         if judged is None or judged.step != state.step:
             return {}, back
-        if state.best_score is not None and judged.score <= state.best_score:
+        if not self._better(judged.score):
+            state.stale += 1
             return {}, back
+        state.stale = 0
         state.best_score, state.best_step, state.best_metrics = judged.score, judged.step, judged.metrics
         state.best_temperature = judged.temperature
         return judged.files, back
@@ -358,7 +381,7 @@ class PhaseLoop:
         """
         self.watch.beat("in a checkpoint")
         self.saver.finish()
-        self.state.finished = self.state.phase_step == self.length.total and not self.state.validation_due
+        self.state.finished = self._ended
         self._settle()
         self.state.pending = self.losses.kept
         self.state.engine = self.engine.extra_state()

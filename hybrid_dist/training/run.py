@@ -39,7 +39,7 @@ from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, agree, decide, differences, make_engine
+from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
@@ -633,7 +633,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         job.stop.wait_for_the_loop()
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
-        return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
+        with explained():
+            return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
     finally:
         engine.close()
 

@@ -21,6 +21,8 @@ class TrainState:
     """The phase is done: its steps are made and its last validation is in."""
     validation_due: bool = False
     """The run was stopped before or in the validation that belongs to this step: it comes next."""
+    stale: int = 0
+    """Validations in a row, up to the last one, that brought no better score."""
     best_score: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, float | None] = field(default_factory=dict)

@@ -31,7 +31,7 @@ def leave_at(whole: Path, folder: Path, step: int) -> None:
 def main() -> int:
     step, paths = int(sys.argv[1]), sys.argv[2:]
     whole, again, *others = map(load_config, paths)
-    topology = start(whole.train.precision, whole.train.stall_timeout)
+    topology = start(whole.train.precision, whole.train.stall_timeout, deterministic=whole.train.deterministic)
     try:
         codes = [run(whole, topology, Stop(), None, False)]
         if topology.is_main:
