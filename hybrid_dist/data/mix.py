@@ -116,10 +116,11 @@ def check_mixing(data: DataConfig, tasks: Mapping[str, TaskConfig]) -> list[str]
     Raises:
         UserError: they would go without all of them.
     """
-    told = []
+    told, labelled = [], {name for name in tasks if data.mix_prob < 1}
     for kind in alphas(data):
         staying = [name for name in tasks if name in kept(kind, tasks)]
         lost = [name for name in tasks if name not in staying]
+        labelled |= set(staying)
         if not staying:
             what = ", ".join(f"tasks.{name}.sensitive_to" for name in lost)
             raise UserError(
@@ -129,9 +130,14 @@ def check_mixing(data: DataConfig, tasks: Mapping[str, TaskConfig]) -> list[str]
             )
         if lost:
             told.append(
-                f"data.{kind}: mixed samples keep the labels of {', '.join(staying)};"
-                f" those of {', '.join(lost)} would not be true of them"
+                f"data.{kind}: mixed samples keep the labels of {', '.join(staying)}; those of {', '.join(lost)} would"
+                " not be true of them"
             )
+    never = [name for name in tasks if name not in labelled]
+    if alphas(data) and never:
+        told.append(
+            f"warning: data.mix_prob is 1, so {', '.join(never)} will never have a label in training; 0.5 would do"
+        )
     return told
 
 
