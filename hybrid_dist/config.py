@@ -80,6 +80,8 @@ class DataConfig(Section):
     """The same for CutMix; where both are on, half of the mixed pictures each."""
     mix_prob: float = Field(1.0, ge=0, le=1)
     """Share of the training pictures that is mixed, where mixup or CutMix is on."""
+    degrade: float = Field(0.0, ge=0, le=1)
+    """Share of the training pictures with a clarity or block label that is blurred or covered, and labelled anew."""
 
 
 class BranchConfig(Section):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
+from hybrid_dist.data.degrade import Degrade
 from hybrid_dist.data.mix import Draw, Mixing
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.packed import Packed
@@ -150,6 +151,7 @@ class Samples(Dataset[Batch]):
         digest: bool = False,
         packed: Packed | None = None,
         mixing: Mixing | None = None,
+        degrade: Degrade | None = None,
     ) -> None:
         self.table = table
         self.packed = packed
@@ -158,6 +160,7 @@ class Samples(Dataset[Batch]):
         self.phase = phase
         self.digest = digest
         self.mixing = mixing
+        self.degrade = degrade
         self.whereabouts = Whereabouts(0)
 
     def __len__(self) -> int:
@@ -214,7 +217,13 @@ class Samples(Dataset[Batch]):
             kept = found.mixing.kept[found.draw.kind]
             own.keep(kept)
             other.take({task: column[found.draw.partner] for task, column in self.table.labels.items() if task in kept})
-        pixels = self.augment(picture, own.present(), self._key(turn, row, "sample"))
+        harm = None
+        if found is None and self.degrade is not None:
+            harm = self.degrade.draw(own.values(), self._key(turn, row, "degrade"))
+            if harm is not None:
+                own.take(harm.labels)
+                own.keep(own.arrays.keys() - harm.lost)
+        pixels = self.augment(picture, own.present(), self._key(turn, row, "sample"), harm)
         if found is None:
             return pixels, 1.0
         augmented = self.augment(found.picture, other.present(), found.draw.key)
@@ -270,6 +279,10 @@ class _Labels:
         """The tasks that it has a label for."""
         values = ((task, array, array[self.place]) for task, array in self.arrays.items())
         return [task for task, array, value in values if (value == value if array.dtype.kind == "f" else value >= 0)]
+
+    def values(self) -> dict[str, float]:
+        """Those that it has."""
+        return {task: self.arrays[task][self.place].item() for task in self.present()}
 
     def keep(self, tasks: Collection[str]) -> None:
         """Go without those of other tasks."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 
 from hybrid_dist.config import DataConfig, TaskConfig
@@ -116,10 +117,11 @@ def check_mixing(data: DataConfig, tasks: Mapping[str, TaskConfig]) -> list[str]
     Raises:
         UserError: they would go without all of them.
     """
-    told = []
+    told, labelled = [], {name for name in tasks if data.mix_prob < 1}
     for kind in alphas(data):
         staying = [name for name in tasks if name in kept(kind, tasks)]
         lost = [name for name in tasks if name not in staying]
+        labelled |= set(staying)
         if not staying:
             what = ", ".join(f"tasks.{name}.sensitive_to" for name in lost)
             raise UserError(
@@ -129,9 +131,14 @@ def check_mixing(data: DataConfig, tasks: Mapping[str, TaskConfig]) -> list[str]
             )
         if lost:
             told.append(
-                f"data.{kind}: mixed samples keep the labels of {', '.join(staying)};"
-                f" those of {', '.join(lost)} would not be true of them"
+                f"data.{kind}: mixed samples keep the labels of {', '.join(staying)}; those of {', '.join(lost)} would"
+                " not be true of them"
             )
+    never = [name for name in tasks if name not in labelled]
+    if alphas(data) and never:
+        told.append(
+            f"warning: data.mix_prob is 1, so {', '.join(never)} will never have a label in training; 0.5 would do"
+        )
     return told
 
 
@@ -154,7 +161,9 @@ def cutmix(own: np.ndarray, partner: np.ndarray, share: float, place: tuple[floa
     if mine is None or theirs is None:
         return own, 1.0
     side = (1.0 - share) ** 0.5
-    height, width = round((mine.height) * side), round(mine.width * side)
+    height, width = round(mine.height * side), round(mine.width * side)
+    if height == 0 or width == 0:
+        return own, 1.0
     top = mine.top + round((mine.height - height) * place[0])
     left = mine.left + round((mine.width - width) * place[1])
     # Shifted as the contents' centres are, as far as the patch stays within the square.
@@ -164,9 +173,9 @@ def cutmix(own: np.ndarray, partner: np.ndarray, share: float, place: tuple[floa
     from_left = min(max(left + across, 0), own.shape[1] - width)
     mixed = own.copy()
     patch = partner[from_top : from_top + height, from_left : from_left + width]
-    hidden = int(np.count_nonzero(_seen(own[top : top + height, left : left + width])))
+    hidden = cv2.countNonZero(_seen(own[top : top + height, left : left + width]))
     mixed[top : top + height, left : left + width] = patch
-    shown, remaining = int(np.count_nonzero(_seen(patch))), mine.pixels - hidden
+    shown, remaining = cv2.countNonZero(_seen(patch)), mine.pixels - hidden
     if shown + remaining == 0:
         return own, 1.0
     return mixed, round(remaining / (shown + remaining) * WHOLE) / WHOLE
@@ -184,14 +193,12 @@ class _Box:
 
 
 def _seen(pixels: np.ndarray) -> np.ndarray:
-    return (pixels != np.array(BACKGROUND, np.uint8)).any(axis=-1)
+    """uint8 (height, width), 0 where the picture is background."""
+    return np.asarray(cv2.bitwise_not(cv2.inRange(pixels, BACKGROUND, BACKGROUND)))
 
 
 def _content(picture: np.ndarray) -> _Box | None:
     seen = _seen(picture)
-    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
-    if not len(rows):
-        return None
-    top, left = int(rows[0]), int(columns[0])
-    height, width = int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left
-    return _Box(top, left, height, width, int(np.count_nonzero(seen)))
+    pixels = cv2.countNonZero(seen)
+    left, top, width, height = cv2.boundingRect(seen)
+    return _Box(top, left, height, width, pixels) if pixels else None

@@ -33,6 +33,7 @@ from hybrid_dist.data.annotations import (
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
+from hybrid_dist.data.degrade import Degrade, check_degrade
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.mix import Mixing, alphas, check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
@@ -142,7 +143,14 @@ class Job:
         pin = topology.device.type == "cuda"
         augment = Augment(data.image_size, config.tasks, train=data.augment)
         samples = Samples(
-            self.train_table, augment, seed, phase.name, config.debug.trace, self.packed.get("train"), self._mixing()
+            self.train_table,
+            augment,
+            seed,
+            phase.name,
+            config.debug.trace,
+            self.packed.get("train"),
+            self._mixing(),
+            Degrade(data.degrade, config.tasks) if data.degrade else None,
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
@@ -231,7 +239,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train
-    for sentence in check_mixing(config.data, config.tasks):
+    for sentence in (*check_mixing(config.data, config.tasks), *check_degrade(config.data, config.tasks)):
         terminal.say(sentence)
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data

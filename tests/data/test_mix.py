@@ -109,9 +109,11 @@ def test_labels_that_mixing_makes_a_lie_of():
     assert kept("cutmix", tasks) == {"type", "airline", "age"}
     hue = {"hue": TaskConfig(kind="regression", column="hue", sensitive_to=["colour"])}
     assert kept("cutmix", hue) == set(), "a colour's mean is a colour that is nowhere"
-    (sentence,) = check_mixing(data(mixup=0.2), TASKS)
+    (sentence,) = check_mixing(data(mixup=0.2, mix_prob=0.9), TASKS)
     assert "keep the labels of type, age" in sentence and "airline, clarity" in sentence
     assert check_mixing(data(), TASKS) == check_mixing(data(cutmix=1.0, mix_prob=0.0), {"rust": tasks["rust"]}) == []
+    *_, warning = check_mixing(data(mixup=0.2, cutmix=1.0), TASKS)
+    assert "mix_prob" in warning and "so clarity will never" in warning, "an airline has its label under CutMix"
     with pytest.raises(UserError, match=r"data\.cutmix: .*tasks\.rust\.sensitive_to"):
         check_mixing(data(cutmix=1.0), {"rust": tasks["rust"]})
 
