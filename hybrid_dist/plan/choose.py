@@ -133,7 +133,7 @@ class Planner:
             optimizer=process.states.optimizer, activations=process.timeline.saved(micro_batch),
             buckets=process.communication, workspace=workspace, peak=total, fullest=when,
             host=process.host + saved, fits=total <= self.memory, pace=self.pace(phase, strategy, micro_batch),
-            sent=self._sent_by(phase, strategy, process.setting.accumulation).bytes(process.setting.accumulation),
+            sent=self.sent(phase, strategy, micro_batch),
         )  # fmt: skip
 
     def pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace | None:
@@ -151,6 +151,15 @@ class Planner:
         needed = sum(self._timeline(rules, False).work.flops_per_sample())
         peak, _ = self.machine.device.flops(self.precision)
         return pace(both, sent, self.machine, self.processes, micro_batch, accumulation, (needed, peak))
+
+    def sent(self, phase: str, strategy: Strategy, micro_batch: int) -> float:
+        """Bytes that each process sends to others in an optimizer step.
+
+        Raises:
+            UserError: as `process`.
+        """
+        accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
+        return self._sent_by(phase, strategy, accumulation).bytes(accumulation)
 
     def micro_batches(self) -> list[int]:
         """Those that divide, the largest first.

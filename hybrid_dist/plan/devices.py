@@ -82,8 +82,9 @@ def named(name: str) -> Device:
         if device.name == name.lower():
             return device
     known = [device.name for device in DEVICES]
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    raise UserError(f"--gpu {name}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+    near = [one for one in known if one.startswith(name.lower())] or difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    raise UserError(f"--gpu {name}: {hint}")
 
 
 def usual(memory: float, precision: str) -> Device:
