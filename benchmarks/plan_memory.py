@@ -141,7 +141,8 @@ class Sent(TorchDispatchMode):
     # Of each collective the argument that is whole, and how often a ring passes it round.
     WHOLE = {  # noqa: RUF012
         "allreduce_": (0, 2), "_allgather_base_": (0, 1), "allgather_": (0, 1),
-        "allgather_into_tensor_coalesced_": (0, 1), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1), "reduce_scatter_tensor_coalesced_": (1, 1),
+        "allgather_into_tensor_coalesced_": (0, 1), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1),
+        "reduce_scatter_tensor_coalesced_": (1, 1),
     }  # fmt: skip
 
     def __init__(self, processes: int) -> None:
