@@ -25,11 +25,11 @@ MOST = 0.9
 PHASES: list[dict[str, Any]] = [
     {"name": "a", "trainable": ["heads", "fusion"], "steps": 5, "lr": {"heads": 2e-3, "fusion": 1e-3}},
     {
-        "name": "b", "trainable": ["all"], "steps": 5, "start": "last", "layer_decay": 0.7,
+        "name": "b", "trainable": ["all"], "steps": 4, "start": "last", "layer_decay": 0.7,
         "lr": {"heads": 1e-3, "fusion": 1e-3, "transformer": 5e-4, "cnn": 2e-4},
     },
     # No weight moves at this rate, so that the second validation is no better than the first.
-    {"name": "c", "trainable": ["all"], "steps": 40, "lr": 1e-30, "layer_decay": 0.8, "patience": 1},
+    {"name": "c", "trainable": ["heads"], "steps": 40, "lr": 1e-30, "patience": 1},
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def write(data: Path, folder: Path, ema: float | None = MOST, phases: int = 3, d
     values = tiny_values(data, folder)
     values["phases"] = PHASES[:phases]
     values["train"] |= {"ema": ema, "micro_batch_size": 4, "deterministic": deterministic}
-    values["checkpoint"] = {"every_steps": 1, "keep": 100}
+    values["checkpoint"] = {"every_steps": 3, "keep": 100}
     values["tracking"] |= {"log_every": 1}
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
@@ -70,7 +70,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def expect_close(run: Path, expected: Path) -> None:
     """To the last digits: losses, judgements of the means and of the raw weights, and the means themselves."""
     wants, haves = read_lines(expected / "metrics.jsonl"), read_lines(run / "metrics.jsonl")
-    assert wants[-1]["step"] == 18, "phase c has ended at its second validation"
+    assert wants[-1]["step"] == 17, "phase c has ended at its second validation"
     assert [line["step"] for line in haves] == [line["step"] for line in wants]
     for want, have in zip(wants, haves, strict=True):
         keys = {key for key in want if key.endswith(("/loss", "/score", "/lr"))}
@@ -102,22 +102,18 @@ def test_to_the_bit(runs: dict[str, Path], name: str) -> None:
     assert raw[0] == judged[0][-1], "the raw weights at a phase's end are those of the run without a mean"
 
 
-@pytest.mark.parametrize("reader", [None, "zero3_offload"])
-def test_reads_what_others_wrote(runs: dict[str, Path], reader: str | None, tmp_path: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize(("writer", "reader"), [("zero3", None), ("zero2", "zero3_offload")])
+def test_reads_what_others_wrote(
+    runs: dict[str, Path], writer: str, reader: str | None, tmp_path: Path, tiny_data: Path
+) -> None:
     """Catches: a mean that only the topology that wrote it can read, or that is read into the wrong place."""
-    writers = ["zero2", "zero3"] if reader is None else ["one", "zero2"]
-    configs = []
-    for writer in writers:
-        config = write(tiny_data, tmp_path / writer)
-        leave_at(runs[writer], tmp_path / writer / "runs" / "tiny", CUT)
-        configs.append(config)
+    config = write(tiny_data, tmp_path)
+    leave_at(runs[writer], tmp_path / "runs" / "tiny", CUT)
     if reader is None:
-        for config in configs:
-            run_here(config)
+        run_here(config)
     else:
-        launch(*map(str, configs), config_file=reader, script="tests/distributed/many.py")
-    for writer, config in zip(writers, configs, strict=True):
-        expect_close(config.parent / "runs" / "tiny", runs[writer])
+        launch("--config", str(config), config_file=reader)
+    expect_close(tmp_path / "runs" / "tiny", runs[writer])
 
 
 def test_the_mean_is_timms(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
