@@ -6,7 +6,7 @@ Every launch file starts two processes, which make three optimizer steps of rand
 walking the engine's tensors, storage by storage. The peak is what torch's allocator reports over a step: a process's
 resident memory would tell less, for pages of a buffer that nobody has written to are not resident, while a GPU hands
 all of them out. Interpreter and libraries, oneDNN's scratch memory and what malloc keeps are not in it, as
-they are not in the plan for the CPU that stands beside it.
+they are not in the plan for the CPU that stands beside it. What is sent in a step is counted at the collectives.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hybrid_dist.config import Config, load_config
 from hybrid_dist.data.dataset import Batch
 from hybrid_dist.distributed import Engine, Topology, leave, make_engine, start
 from hybrid_dist.model.hybrid import build_model
 from hybrid_dist.plan import Planner
-from hybrid_dist.plan.classes import ASSUMED
+from hybrid_dist.plan.split import ASSUMED
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks
@@ -133,6 +135,30 @@ def batches(config: Config, accumulation: int) -> list[Batch]:
     return [Batch(pictures, labels, torch.arange(micro)) for pictures in images]
 
 
+class Sent(TorchDispatchMode):
+    """Counts bytes that each process of a ring sends while it is on."""
+
+    # Of each collective the argument that is whole, and how often a ring passes it round.
+    WHOLE = {  # noqa: RUF012
+        "allreduce_": (0, 2), "_allgather_base_": (0, 1), "allgather_": (0, 1),
+        "allgather_into_tensor_coalesced_": (0, 1), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1),
+        "reduce_scatter_tensor_coalesced_": (1, 1),
+    }  # fmt: skip
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.bytes = 0.0
+        self.share = (processes - 1) / processes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::") and name[6:] in self.WHOLE:
+            place, times = self.WHOLE[name[6:]]
+            whole = sum(tensor.nbytes for tensor in tree_leaves(args[place]) if isinstance(tensor, Tensor))
+            self.bytes += times * self.share * whole
+        return func(*args, **(kwargs or {}))
+
+
 def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str, int], list[set[int]]]:
     """Make an engine and its steps; bytes of its states, and the addresses in use before each measured step."""
     tasks = make_tasks(config.tasks, {name: tuple(map(str, range(count))) for name, count in classes(config).items()})
@@ -155,6 +181,9 @@ def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str
             train_step(engine, tasks, work, counts, [0] * accumulation, topology.device, lambda _: None)
     found = {"gradients": sum(gradients.values()), "parameters": sum(parameter_storages(engine).values())}
     found["optimizer"] = sum(optimizer_storages(engine).values())
+    with Sent(topology.world_size) as sent:
+        train_step(engine, tasks, work, counts, [0] * accumulation, topology.device, lambda _: None)
+    found["sent"] = round(sent.bytes)
     engine.close()
     return found, used
 
@@ -258,7 +287,8 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 process = planner.process(phase, strategy, config.train.micro_batch_size, index)
                 states, (_, peak) = process.states, process.peak
                 held = {kind: getattr(states, kind) + getattr(states, f"host_{kind}") for kind in KINDS}
-                planned.append({**held, "buckets": process.communication, "peak": peak})
+                sent = planner.sent(phase, strategy, config.train.micro_batch_size)
+                planned.append({**held, "buckets": process.communication, "peak": peak, "sent": round(sent)})
             measured = measure(arguments, launch, phase)
             rows.append({"launch": launch, "phase": phase, "planned": planned, "measured": measured})
     return rows
@@ -267,11 +297,11 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Rank 0's figures in MB, measured and planned, and how far the peak is off."""
     table = Table(box=None)
-    for column in ("launch file", "phase", *KINDS, "peak", "planned ÷ measured"):
+    for column in ("launch file", "phase", *KINDS, "sent", "peak", "planned ÷ measured"):
         table.add_column(column, justify="left" if column in ("launch file", "phase") else "right")
     for row in rows:
         have, want = row["measured"][0], row["planned"][0]
-        cells = [f"{have[kind] / 1e6:,.1f} / {want[kind] / 1e6:,.1f}" for kind in (*KINDS, "peak")]
+        cells = [f"{have[kind] / 1e6:,.1f} / {want[kind] / 1e6:,.1f}" for kind in (*KINDS, "sent", "peak")]
         table.add_row(row["launch"], row["phase"], *cells, f"{want['peak'] / have['peak']:.3f}")
     console = Console(width=160)
     console.print("MB of rank 0, measured / planned")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist import __version__
-from hybrid_dist.commands import compare, model, report
+from hybrid_dist.commands import compare, model, plan, report
 from hybrid_dist.commands.bar import bar
 from hybrid_dist.errors import UserError
 
@@ -212,37 +212,6 @@ def _print_lines(lines: Sequence[Line]) -> None:
             console.print(Text(f"     → {line.remedy}"))
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    """Tell, without a GPU, under which launch file and with which micro batch each phase fits into the GPUs' memory.
-
-    Exits with 3 where nothing fits.
-    """
-    from dataclasses import asdict
-
-    from rich.console import Console
-
-    from hybrid_dist.config import load_config
-    from hybrid_dist.plan import Planner
-    from hybrid_dist.plan.classes import count_classes
-    from hybrid_dist.plan.table import print_plan
-
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus {arguments.gpus}: 1 or more would do")
-    if not 0 < arguments.gpu_memory < float("inf"):
-        raise UserError(f"--gpu-memory {arguments.gpu_memory:g}: in GB of 10⁹ bytes; 24 or 80, say")
-    memory = round(arguments.gpu_memory * 1e9)
-    with Console(stderr=True).status("") as status:
-        classes, counted = count_classes(config)
-        planner = Planner(config, classes, arguments.gpus, memory, "cuda")
-        found = planner.plan(lambda what: status.update(f"planning {what}"))
-    if arguments.json:
-        print(json.dumps({**asdict(found), "classes": classes}, indent=1))
-    else:
-        print_plan(found, arguments.config, arguments.overrides, None if counted else classes)
-    return 3 if found.run is None else 0
-
-
 def bench_checkpoint(arguments: argparse.Namespace) -> int:
     """How long a checkpoint holds training up, beside accelerator.save_state."""
     from hybrid_dist.bench.checkpoint import bench, describe
@@ -296,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("dashboard", help="save a wandb workspace", description=dashboard.__doc__)
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     command.set_defaults(run=dashboard)
-    _add_plan(commands)
+    plan.add(commands)
     _add_check_data(commands)
     model.add(commands)
     compare.add(commands)
@@ -336,16 +305,6 @@ def _add_imports(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other pictures")
     command.set_defaults(run=import_folder)
-
-
-def _add_plan(commands: Any) -> None:
-    command = commands.add_parser("plan", help="tell what fits into the GPUs' memory", description=plan.__doc__)
-    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/base.yaml")
-    command.add_argument("--gpus", type=int, required=True, metavar="N", help="over all nodes")
-    command.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="of each; 1 GB is 10⁹ bytes")
-    command.add_argument("--json", action="store_true", help="plain values, in bytes, on standard output")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
-    command.set_defaults(run=plan)
 
 
 def _add_check_data(commands: Any) -> None:

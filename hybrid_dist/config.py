@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -18,6 +19,23 @@ from hybrid_dist.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+PARTS = ("cnn", "transformer", "fusion", "heads")
+"""What a model consists of, and what `trainable` and rates can speak of."""
+
+
+def _rates(value: Any) -> Any:
+    """Refuse what is neither a rate nor a mapping of parts to rates; one sentence for both."""
+    for part, rate in value.items() if isinstance(value, dict) else [("", value)]:
+        if part and part not in PARTS:
+            raise ValueError(f"there is no part {part!r}; {', '.join(PARTS)} would do")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            whose = f"the rate of {part} is {rate!r}; " if part else ""
+            raise ValueError(f"{whose}expected a finite number above 0, or one by part such as {{heads: 1e-3}}")
+    return value
+
+
+Rates = Annotated[float | dict[str, float], BeforeValidator(_rates)]
 
 
 class Section(BaseModel):
@@ -146,6 +164,14 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    deterministic: bool = False
+    """Use algorithms alone that give the same bits each time, also on a GPU; slower there."""
+    ema: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    """Decay of a running mean of the weights, such as 0.999: that is what is validated and kept; null: no mean."""
+    max_bad_steps: int = Field(10, ge=1)
+    """So many steps in a row whose loss or gradients are no numbers, or explode: back to the last good checkpoint."""
+    task_balance: Literal["fixed", "uncertainty"] = "fixed"
+    """The tasks' weights in the loss: as they stand, or times what is learned from each task's uncertainty."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
 
@@ -159,10 +185,14 @@ class PhaseConfig(Section):
     """How long, in passes over the training split,"""
     steps: int | None = Field(None, ge=1)
     """or in optimizer steps."""
-    lr: float = Field(gt=0, allow_inf_nan=False)
-    """Peak learning rate."""
+    lr: Rates
+    """Peak learning rate; or one for each part that trains, such as `{heads: 1e-3, transformer: 5e-5}`."""
+    layer_decay: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    """In a backbone each layer's rate is so many times that of the layer above it; null: one rate for all."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
+    patience: int | None = Field(None, ge=1)
+    """The phase ends early after so many validations in a row without a better `val/score`; null: it does not."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
     carry_optimizer: bool = False
@@ -288,7 +318,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "stall_timeout"},
+    "train": {"micro_batch_size", "deterministic", "stall_timeout"},
 }
 
 

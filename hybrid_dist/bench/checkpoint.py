@@ -109,6 +109,7 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     import torch
 
     from hybrid_dist.data.dataset import Batch
+    from hybrid_dist.training.objective import Objective
     from hybrid_dist.training.step import train_step
 
     size, micro = config.data.image_size, config.train.micro_batch_size
@@ -120,7 +121,7 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     batch = Batch(images, labels, torch.arange(micro))
     counts = {task.name: micro * topology.world_size for task in tasks}
     engine.set_lr(1e-6)
-    train_step(engine, tasks, [batch], counts, [0], topology.device, lambda doing: None)
+    train_step(engine, Objective(tasks), [batch], counts, [0], topology.device, lambda doing: None)
 
 
 def _ours(saver: Saver, engine: Engine, layout: Any, step: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -19,6 +20,8 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.errors import UserError
 
 MICRO_BATCH = 32
+SAMPLED = 512
+"""Pictures of a rate that need only be about right."""
 WARM_UP = 4
 """Batches before the clock runs: the process has to start, and the system to fetch the first files."""
 
@@ -33,19 +36,32 @@ def bench(path: str, overrides: Sequence[str], pictures: int, repeats: int) -> l
         raise UserError(f"--pictures {pictures} --repeats {repeats}: at least {MICRO_BATCH} and 1 would do")
     config = load_config(path, overrides)
     table, _ = read_training(Path(config.data.train_csv), Path(config.data.train_images), config.tasks)
-    source = Source(config.data.train_images)
-    try:
-        packed = open_packed(table, config.data.image_size, source)
-    except Stale:
-        packed = None
-    ways: dict[str, Packed | None] = {} if source.remote else {"plain": None}
-    if packed is not None:
-        ways["packed"] = packed
+    ways = _ways(config, table)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     # By turns, so that a machine that slows down for a while does so for both.
     for _, (name, copy) in itertools.product(range(repeats), ways.items()):
         rates[name].append(rate(our_loader(table, config.tasks, config.data.image_size, pictures, copy), pictures))
     return [describe_rates(name, found, config) for name, found in rates.items()]
+
+
+def sampled_rate(config: Config, table: Table) -> float | None:
+    """Pictures a second of a loader process, from the packed copy if there is one; None: no picture is here."""
+    ways = _ways(config, table)
+    if not ways:
+        return None
+    copy = ways.get("packed")
+    if copy is None and not (table.images / table.filename(0)).is_file():
+        return None
+    return rate(our_loader(table, config.tasks, config.data.image_size, SAMPLED, copy), SAMPLED)
+
+
+def _ways(config: Config, table: Table) -> dict[str, Packed | None]:
+    """How the training split can be read here: `plain` from its files, `packed` from a copy that fits."""
+    source = Source(config.data.train_images)
+    ways: dict[str, Packed | None] = {} if source.remote else {"plain": None}
+    with contextlib.suppress(Stale):
+        ways["packed"] = open_packed(table, config.data.image_size, source)
+    return ways
 
 
 def describe_rates(name: str, rates: Sequence[float], config: Config) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models import get_pretrained_cfg, group_parameters, split_model_name_tag
 from torch import Tensor, nn
 
 from hybrid_dist.config import BranchConfig
@@ -102,6 +102,17 @@ class Backbone(nn.Module):
         """Parameters, as named in this module, that timm keeps from weight decay."""
         listed: set[str] = getattr(self.net, "no_weight_decay", set)()
         return {f"net.{name}" for name in listed}
+
+    def layers(self) -> dict[str, int]:
+        """Which layer each parameter, as named in this module, belongs to: timm's own grouping, from 0 at the pictures.
+
+        Raises:
+            UserError: timm doesn't know this backbone's layers.
+        """
+        if not hasattr(self.net, "group_matcher"):
+            raise UserError(f"timm doesn't know the layers of {type(self.net).__name__}; null would do")
+        found = group_parameters(self.net, self.net.group_matcher(coarse=False), reverse=True)
+        return {f"net.{name}": layer for name, layer in found.items()}
 
 
 def extract(net: Any, images: Tensor) -> Features:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybrid_dist.errors import UserError
 from hybrid_dist.plan.fake import FakeModel
 from hybrid_dist.plan.policy import FP32_ON_CUDA, Policy, saves_uncast
+from hybrid_dist.plan.work import Costs, Tally, Work, work
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = (2, 4)
@@ -51,6 +52,8 @@ class Trace:
     """Begins and ends of all modules in the forward pass, in order."""
     saved: int
     """Bytes that autograd keeps for the backward pass: the activations."""
+    costs: Costs
+    """What each operation has to do."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Timeline:
     trace: Trace
     saved_fixed: float
     saved_per_sample: float
+    work: Work
 
     def live(self, micro_batch: int) -> NDArray[np.float64]:
         """(operations,) bytes, as `Trace.live`."""
@@ -89,7 +93,9 @@ def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) 
     between = SIZES[1] - SIZES[0]
     slope = (large.live - small.live) / between
     saved_slope = (large.saved - small.saved) / between
-    return Timeline(small.live - slope * SIZES[0], slope, small, small.saved - saved_slope * SIZES[0], saved_slope)
+    done = work(small.costs, large.costs, SIZES, small.backward_at)
+    saved_fixed = small.saved - saved_slope * SIZES[0]
+    return Timeline(small.live - slope * SIZES[0], slope, small, saved_fixed, saved_slope, done)
 
 
 def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast_linear: bool) -> Trace:
@@ -106,8 +112,9 @@ def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast
         backward_at = len(meter.live)
         loss.backward()
     return Trace(
-        np.array(meter.live, np.int64), backward_at, tuple(meter.gradients), tuple(meter.visits), meter.saved_bytes()
-    )
+        np.array(meter.live, np.int64), backward_at, tuple(meter.gradients), tuple(meter.visits), meter.saved_bytes(),
+        meter.tally.costs(),
+    )  # fmt: skip
 
 
 def _linear(uncast: bool) -> Callable[..., Tensor] | None:
@@ -134,6 +141,7 @@ class _Meter:
     gradients: list[tuple[int, int]] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     saved: dict[int, int] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         model = self.fake.model
@@ -150,7 +158,7 @@ class _Meter:
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         handles += [parameter.register_post_accumulate_grad_hook(self._take) for parameter in trained]
         try:
-            with _Live(self.own, self.live):
+            with _Live(self.own, self.live, self.tally):
                 yield
         finally:
             for handle in handles:
@@ -175,10 +183,11 @@ class _Meter:
 
 
 class _Live(TorchDispatchMode):
-    """Notes the bytes alive after each operation."""
+    """Notes each operation's work, and the bytes alive after it."""
 
-    def __init__(self, ignored: set[int], series: list[int]) -> None:
+    def __init__(self, ignored: set[int], series: list[int], tally: Tally) -> None:
         super().__init__()
+        self.tally = tally
         self.known = dict.fromkeys(ignored, 0)
         self.series = series
         self.bytes = 0
@@ -187,6 +196,7 @@ class _Live(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.tally.add(func, args, kwargs or {}, result)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self._meet(tensor)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from hybrid_dist.config import Config
+from hybrid_dist.config import Config, PhaseConfig
 from hybrid_dist.data.order import check_divides
 from hybrid_dist.errors import UserError
 from hybrid_dist.plan.activations import AUTOCAST, Timeline, timeline
+from hybrid_dist.plan.answer import Choice, Plan, Row, Scale
 from hybrid_dist.plan.fake import FakeModel, Parameter
 from hybrid_dist.plan.memory import Process, Setting
+from hybrid_dist.plan.seconds import Machine, Pace, Pass, pace, passes
 from hybrid_dist.plan.states import FP32, MOMENTS, fullest_rank
 from hybrid_dist.plan.strategies import Strategy, strategies
+from hybrid_dist.plan.traffic import Traffic, traffic
+from hybrid_dist.training.phase import Length
 
 
 @dataclass(frozen=True)
@@ -39,72 +44,41 @@ ALLOWANCES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A phase under a launch file at a micro batch: bytes of the process that needs most."""
-
-    phase: str
-    launch: str
-    micro_batch: int
-    accumulation: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """What autograd keeps from the forward to the backward pass."""
-    buckets: int
-    """Buffers that gradients are reduced in."""
-    workspace: int
-    """The allowance for what is not traced."""
-    peak: int
-    """Of all that at the fullest moment, the workspace with it; not everything above is there at once."""
-    fullest: str
-    """That moment: forward, backward, reduction or step."""
-    host: int
-    """Host memory for what is offloaded, and for the copy that a checkpoint is written from."""
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A launch file and a micro batch."""
-
-    launch: str
-    micro_batch: int
-    peak: int
-    """Bytes, of the phase that needs most."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `hybrid-dist plan` tells."""
-
-    processes: int
-    memory: int
-    """Bytes that each has."""
-    precision: str
-    global_batch: int
-    rows: tuple[Row, ...]
-    phases: dict[str, Choice | None]
-    """The best for each phase as a job of its own; None: nothing fits."""
-    run: Choice | None
-    """The best for all phases in one job."""
+MOST_PROCESSES = 512
+"""Of what scaling is told for."""
 
 
 class Planner:
     """Plans one config on so many processes; what it has traced it keeps."""
 
-    def __init__(self, config: Config, classes: dict[str, int], processes: int, memory: int, device: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        classes: dict[str, int],
+        processes: int,
+        memory: int,
+        device: str,
+        machine: Machine | None = None,
+        pictures: int | None = None,
+    ) -> None:
         """`memory` in bytes for each process; `device` is `cuda` or `cpu`; `classes` of each classification task.
 
+        Args:
+            machine: What times are told for; None: no times.
+            pictures: In the training split, where that is known.
+
         Raises:
-            UserError: the model can't be built, or a phase trains nothing.
+            UserError: the model can't be built, a phase trains nothing, or the machine hasn't got the precision.
         """
         self.config = config
         self.processes = processes
         self.memory = memory
         self.device = device
+        self.machine = machine
+        self.pictures = pictures
         self.precision = config.train.precision
+        if machine is not None:
+            machine.device.flops(self.precision)
         self.fake = FakeModel(config, classes)
         for index, phase in enumerate(config.phases):
             try:
@@ -115,6 +89,16 @@ class Planner:
         self.strategies: tuple[Strategy, ...] = strategies(processes, self.precision, device)
         self._parameters = lru_cache(maxsize=None)(self.fake.train)
         self._timeline = lru_cache(maxsize=None)(self._trace)
+        self._passes = lru_cache(maxsize=None)(self._on_the_device)
+        self._traffic = lru_cache(maxsize=None)(self._sent)
+        self._rows_made: dict[tuple[str, str, int, int], Row] = {}
+
+    def on(self, processes: int) -> Planner:
+        """The same on another number of processes; what is traced serves both."""
+        other = copy.copy(self)
+        other.processes = processes
+        other.strategies = strategies(processes, self.precision, self.device)
+        return other
 
     def process(self, phase: str, strategy: Strategy, micro_batch: int, rank: int | None = None) -> Process:
         """A process's memory; `rank` None: that of the one that needs most.
@@ -148,8 +132,34 @@ class Planner:
             parameters=process.states.parameters, gradients=process.states.gradients,
             optimizer=process.states.optimizer, activations=process.timeline.saved(micro_batch),
             buckets=process.communication, workspace=workspace, peak=total, fullest=when,
-            host=process.host + saved, fits=total <= self.memory,
+            host=process.host + saved, fits=total <= self.memory, pace=self.pace(phase, strategy, micro_batch),
+            sent=self.sent(phase, strategy, micro_batch),
         )  # fmt: skip
+
+    def pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace | None:
+        """How long an optimizer step takes; None where the machine isn't known.
+
+        Raises:
+            UserError: as `process`.
+        """
+        if self.machine is None:
+            return None
+        accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
+        rules = self.rules[phase]
+        both = self._passes(rules, strategy.stage == 3, micro_batch)
+        sent = self._sent_by(phase, strategy, accumulation)
+        needed = sum(self._timeline(rules, False).work.flops_per_sample())
+        peak, _ = self.machine.device.flops(self.precision)
+        return pace(both, sent, self.machine, self.processes, micro_batch, accumulation, (needed, peak))
+
+    def sent(self, phase: str, strategy: Strategy, micro_batch: int) -> float:
+        """Bytes that each process sends to others in an optimizer step.
+
+        Raises:
+            UserError: as `process`.
+        """
+        accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
+        return self._sent_by(phase, strategy, accumulation).bytes(accumulation)
 
     def micro_batches(self) -> list[int]:
         """Those that divide, the largest first.
@@ -160,14 +170,21 @@ class Planner:
         share = check_divides(self.config.train.global_batch_size, 1, self.processes)
         return [size for size in range(share, 0, -1) if share % size == 0]
 
-    def choose(self, rows: Iterable[Row], phases: Sequence[str]) -> Choice | None:
-        """The simplest launch file under which all of the phases fit, with the largest micro batch for it."""
-        table = {(row.launch, row.micro_batch, row.phase): row for row in rows}
-        for strategy in self.strategies:
-            for size in self.micro_batches():
-                needed = [table[strategy.name, size, phase] for phase in phases]
-                if all(row.fits for row in needed):
-                    return Choice(strategy.name, size, max(row.peak for row in needed))
+    def choose(self, phases: Sequence[str]) -> Choice | None:
+        """The fastest launch file and micro batch with which all of the phases fit.
+
+        Of equals, and where no times are known, it is the simplest launch file, with the largest micro batch for it.
+        """
+        for strategy, size in self._candidates(phases):
+            peak = 0
+            for phase in phases:
+                row = self._kept_row(phase, strategy, size)
+                if not row.fits:
+                    break
+                peak = max(peak, row.peak)
+            else:
+                hours = self._hours(phases, strategy, size)
+                return Choice(strategy.name, size, peak, hours, None if hours is None else hours * self.processes)
         return None
 
     def plan(self, doing: Callable[[str], None]) -> Plan:
@@ -178,17 +195,99 @@ class Planner:
         """
         rows = tuple(self._rows(doing))
         names = list(self.rules)
+        flops = {name: self._timeline(rules, False).work.flops_per_sample() for name, rules in self.rules.items()}
         return Plan(
-            self.processes, self.memory, self.precision, self.config.train.global_batch_size, rows,
-            {name: self.choose(rows, [name]) for name in names}, self.choose(rows, names),
+            self.processes, self.memory, self.precision, self.config.train.global_batch_size, self.pictures,
+            {name: self._steps(name) for name in names}, flops, rows, {name: self.choose([name]) for name in names},
+            self.choose(names), tuple(self._scaling(doing)),
         )  # fmt: skip
+
+    def _scaling(self, doing: Callable[[str], None]) -> Iterator[Scale]:
+        """On one process, two, four and so on, as far as they divide the global batch."""
+        if self.machine is None:
+            return
+        processes = 1
+        while processes <= MOST_PROCESSES and self.config.train.global_batch_size % processes == 0:
+            doing(f"{processes} GPUs")
+            yield self.on(processes)._scale()
+            processes *= 2
+
+    def _scale(self) -> Scale:
+        found = self.choose(list(self.rules))
+        if found is None:
+            return Scale(self.processes, None, {}, {})
+        strategy = next(strategy for strategy in self.strategies if strategy.name == found.launch)
+        paces = {phase: self._known_pace(phase, strategy, found.micro_batch) for phase in self.rules}
+        rates = {phase: one.images_per_s for phase, one in paces.items()}
+        return Scale(self.processes, found, rates, {phase: one.bottleneck for phase, one in paces.items()})
+
+    def _candidates(self, phases: Sequence[str]) -> list[tuple[Strategy, int]]:
+        """Launch files and micro batches, the best first whether they fit or not."""
+        pairs = [(strategy, size) for strategy in self.strategies for size in self.micro_batches()]
+        if self.machine is None:
+            return pairs
+        weights = {phase: self._weight(phase) for phase in phases}
+
+        def seconds(pair: tuple[Strategy, int]) -> float:
+            return sum(weights[phase] * self._known_pace(phase, *pair).seconds for phase in phases)
+
+        return sorted(pairs, key=seconds)  # stable: of equals the simplest stays first
+
+    def _known_pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace:
+        found = self.pace(phase, strategy, micro_batch)
+        assert found is not None
+        return found
+
+    def _hours(self, phases: Sequence[str], strategy: Strategy, micro_batch: int) -> float | None:
+        seconds = 0.0
+        for phase in phases:
+            steps, found = self._steps(phase), self.pace(phase, strategy, micro_batch)
+            if steps is None or found is None:
+                return None
+            seconds += steps * found.seconds
+        return seconds / 3600
+
+    def _phase(self, name: str) -> PhaseConfig:
+        return next(phase for phase in self.config.phases if phase.name == name)
+
+    def _steps(self, name: str) -> int | None:
+        phase, batch = self._phase(name), self.config.train.global_batch_size
+        if self.pictures is not None:
+            return Length.of(phase, self.pictures, batch).total
+        return phase.steps
+
+    def _weight(self, name: str) -> float:
+        """How much a phase's steps count beside another's: as many as there are, or as there are epochs."""
+        steps = self._steps(name)
+        return float(steps) if steps is not None else self._phase(name).epochs or 1.0
 
     def _rows(self, doing: Callable[[str], None]) -> Iterator[Row]:
         sizes = self.micro_batches()
         for phase in self.rules:
             for strategy in self.strategies:
                 doing(f"phase {phase}, {strategy.name}")
-                yield from (self.row(phase, strategy, size) for size in sizes)
+                yield from (self._kept_row(phase, strategy, size) for size in sizes)
+
+    def _kept_row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
+        """As `row`, made once."""
+        key = (phase, strategy.name, micro_batch, self.processes)
+        if key not in self._rows_made:
+            self._rows_made[key] = self.row(phase, strategy, micro_batch)
+        found = self._rows_made[key]
+        return replace(found, fits=found.peak <= self.memory)
+
+    def _sent_by(self, phase: str, strategy: Strategy, accumulation: int) -> Traffic:
+        return self._traffic(self.rules[phase], strategy, self.processes, accumulation > 1)
+
+    def _sent(self, rules: tuple[str, ...], strategy: Strategy, processes: int, accumulates: bool) -> Traffic:
+        low = self.precision in AUTOCAST
+        line = self._timeline(rules, strategy.stage == 3)
+        return traffic(strategy, self._parameters(rules), line, low, processes, accumulates)
+
+    def _on_the_device(self, rules: tuple[str, ...], uncast_linear: bool, micro_batch: int) -> tuple[Pass, Pass]:
+        assert self.machine is not None
+        line = self._timeline(rules, uncast_linear)
+        return passes(line.work, micro_batch, self.machine.device, self.precision)
 
     def _checkpoint_copy(self, parameters: Sequence[Parameter]) -> int:
         """Bytes of this process's share of a checkpoint: weights, and moments of what trains."""

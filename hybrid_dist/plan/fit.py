@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_dist.config import Config
-from hybrid_dist.plan.choose import Planner, Row
-from hybrid_dist.plan.classes import count_classes
+from hybrid_dist.plan.answer import Row
+from hybrid_dist.plan.choose import Planner
+from hybrid_dist.plan.split import look
 from hybrid_dist.plan.strategies import Strategy
 
 
@@ -36,8 +37,7 @@ def fit(config: Config, processes: int, memory: int, device: str, launch: str | 
     Raises:
         UserError: the model can't be built, or the global batch doesn't divide.
     """
-    classes, _ = count_classes(config)
-    planner = Planner(config, classes, processes, memory, device)
+    planner = Planner(config, look(config).classes, processes, memory, device)
     tried = [strategy for strategy in planner.strategies if launch in (None, strategy.name)]
     own = config.train.micro_batch_size
     worst = None

@@ -45,6 +45,10 @@ class Gatherer:
         self.travels = [LOW if low_precision and parameter.low_precision else FP32 for parameter in parameters]
         self.small = {index for index, numel in enumerate(self.numel) if numel <= PERSISTENT}
         self.whole: set[int] = set()
+        self.sent: tuple[list[int], list[int]] = ([], [])
+        """Bytes of each buffer that set off in the forward and in the backward pass."""
+        self.gathered = [0, 0]
+        """Elements in these."""
         self.coming: dict[int, _Buffer] = {}
         self.available = 0
         self.ahead = 0
@@ -124,6 +128,9 @@ class Gatherer:
         self.coming.update(dict.fromkeys(members, buffer))
         self.available += sum(self.numel[index] for index in members)
         self.changes[operation] += buffer.bytes
+        later = operation >= self.trace.backward_at
+        self.sent[later].append(buffer.bytes)
+        self.gathered[later] += sum(self.numel[index] for index in members)
         # This process's parts are cast, all of them, before they go.
         self._spike(operation, sum(LOW * self._low(index) for index in members) // self.processes)
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_dist.plan.choose import Choice, Plan, Row
+from hybrid_dist.plan.answer import Choice, Plan, Row, Scale
+from hybrid_dist.plan.seconds import Machine
 
 GB = 1e9
-WIDTH = 140
+WIDTH = 180
 """Characters that the table needs, whatever there is."""
 # What `accelerate launch` starts by itself.
 USUAL_PROCESSES = {"single_gpu": 1, "cpu": 1}
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "buckets", "workspace", "peak", "host")
+PACE = ("sent", "pictures/s")
 
 
-def print_plan(plan: Plan, config: str, overrides: Sequence[str], assumed: Mapping[str, int] | None) -> None:
+def print_plan(plan: Plan, machine: Machine, config: str, overrides: Sequence[str], notes: Sequence[str]) -> None:
     """Print all of it.
 
     Args:
         config: The config's file.
         overrides: The user's own `key.path=value`.
-        assumed: Labels of each classification task, where they aren't the data's own.
+        notes: What is taken for granted, a line each.
     """
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.width = max(console.width, WIDTH)
@@ -33,62 +38,153 @@ def print_plan(plan: Plan, config: str, overrides: Sequence[str], assumed: Mappi
         "GB on each GPU, with the largest micro batch that fits; host: in the machine's memory, for each GPU"
     )
     console.print(table(plan))
-    if assumed:
-        counts = ", ".join(f"{count} for {task}" for task, count in assumed.items())
-        console.print(f"the training split can't be read here: labels are taken to be {counts}")
-    for line in advice(plan, config, overrides):
+    console.print(
+        f"\nfrom 1 to {plan.scaling[-1].processes} of {machine.device.title}; best for all phases; pictures/s"
+    )
+    console.print(scaling_table(plan))
+    for note in notes:
+        console.print(f"· {note}")
+    console.print()
+    for line in advice(plan, config, overrides, machine.gpus_per_node):
         console.print(line)
 
 
 def table(plan: Plan) -> Table:
     """For each phase and launch file its largest micro batch that fits, or the smallest there is. In GB a process."""
     found = Table(box=None, pad_edge=False)
-    for column in ("phase", "launch file", "micro batch", *COLUMNS, "fullest in", ""):
-        found.add_column(column, justify="right" if column in ("micro batch", *COLUMNS) else "left", no_wrap=True)
+    for column in ("phase", "launch file", "micro batch", *COLUMNS, "fullest in", *PACE, "held up by", ""):
+        right = column in ("micro batch", *COLUMNS, *PACE)
+        found.add_column(column, justify="right" if right else "left", no_wrap=True)
     before = None
-    for row in _shown(plan.rows):
+    for row in shown(plan.rows):
         if before not in (None, row.phase):
             found.add_section()
         figures = (
             row.parameters, row.gradients, row.optimizer, row.activations, row.buckets, row.workspace, row.peak,
             row.host,
         )  # fmt: skip
+        pace = row.pace
         found.add_row(
             row.phase if row.phase != before else "", row.launch, str(row.micro_batch),
-            *(f"{figure / GB:.2f}" for figure in figures), row.fullest, "fits" if row.fits else "too large",
-            style=None if row.fits else "red",
+            *(f"{figure / GB:.2f}" for figure in figures), row.fullest,
+            *((f"{row.sent / GB:.2f}", _digits(pace.images_per_s), pace.bottleneck) if pace else ("", "", "")),
+            "fits" if row.fits else "too large", style=None if row.fits else "red",
         )  # fmt: skip
         before = row.phase
     return found
 
 
-def advice(plan: Plan, config: str, overrides: Sequence[str]) -> list[str]:
+def scaling_table(plan: Plan) -> Table:
+    """The best launch file for all phases on more and more GPUs, and what it gives."""
+    found = Table(box=None, pad_edge=False)
+    found.add_column("GPUs", justify="right")
+    for column in ("launch file", "micro batch"):
+        found.add_column(column, justify="left" if column == "launch file" else "right")
+    for phase in plan.phases:
+        found.add_column(phase, justify="right")
+        found.add_column("held up by")
+    for column in ("time", "GPU-hours", "of linear"):
+        found.add_column(column, justify="right")
+    first = next((scale for scale in plan.scaling if scale.choice is not None), None)
+    for scale in plan.scaling:
+        if scale.choice is None or first is None:
+            found.add_row(str(scale.processes), "nothing fits")
+            continue
+        each = [(_digits(scale.images_per_s[phase]), scale.bottleneck[phase]) for phase in plan.phases]
+        found.add_row(
+            str(scale.processes), scale.choice.launch, str(scale.choice.micro_batch),
+            *(cell for pair in each for cell in pair), _span(scale.choice.hours), _digits(scale.choice.gpu_hours),
+            f"{efficiency(scale, first):.0%}",
+        )  # fmt: skip
+    return found
+
+
+def efficiency(scale: Scale, first: Scale) -> float:
+    """Its last phase's pictures/s by the fewest GPUs', both for each GPU."""
+    rates = [list(one.images_per_s.values())[-1] / one.processes for one in (scale, first)]
+    return rates[0] / rates[1]
+
+
+def advice(plan: Plan, config: str, overrides: Sequence[str], gpus_per_node: int) -> list[str]:
     """What to type: for all phases in one job, and for each where that is something else; arguments as `print_plan`."""
     lines = []
     if plan.run is None:
         lines.append(f"no launch file and micro batch fits all phases into {plan.memory / GB:g} GB a GPU")
+        lines.append(f"  {_what_would_do(plan)}")
     else:
-        lines.append(f"all phases: {plan.run.launch}, micro batch {plan.run.micro_batch}")
-        lines.append(f"  {command(plan.run, plan.processes, config, overrides, None)}")
+        lines.append(f"all phases: {plan.run.launch}, micro batch {plan.run.micro_batch}{_time(plan.run)}")
+        lines += _typed(plan.run, plan, config, overrides, None, gpus_per_node)
     for phase, choice in plan.phases.items():
         if choice is None:
-            lines.append(f"phase {phase} does not fit; more GPUs, or more memory on each, would do")
+            lines.append(f"phase {phase} does not fit")
         elif plan.run is None or (choice.launch, choice.micro_batch) != (plan.run.launch, plan.run.micro_batch):
-            lines.append(f"phase {phase} as a job of its own: {choice.launch}, micro batch {choice.micro_batch}")
-            lines.append(f"  {command(choice, plan.processes, config, overrides, phase)}")
+            said = f"{choice.launch}, micro batch {choice.micro_batch}{_time(choice)}"
+            lines.append(f"phase {phase} as a job of its own: {said}")
+            lines += _typed(choice, plan, config, overrides, phase, gpus_per_node)
     return lines
+
+
+def _what_would_do(plan: Plan) -> str:
+    more = next((s.processes for s in plan.scaling if s.choice is not None and s.processes > plan.processes), None)
+    least = min(max(row.peak for row in rows) for rows in _by_setting(plan.rows).values())
+    words = [f"{more} of them would do"] if more is not None else []
+    words.append(f"GPUs of {math.ceil(least / GB)} GB would do")
+    return "; ".join([*words, "smaller pictures (data.image_size) or a smaller pair of backbones take less"])
+
+
+def _by_setting(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.launch, row.micro_batch), []).append(row)
+    return found
+
+
+def _time(choice: Choice) -> str:
+    return "" if choice.hours is None else f"; about {_span(choice.hours)}, {_digits(choice.gpu_hours)} GPU-hours"
+
+
+def _span(hours: float | None) -> str:
+    if hours is None:
+        return ""
+    return f"{_digits(hours)} h" if hours >= 1 else f"{max(round(60 * hours), 1)} min"
+
+
+def _digits(value: float | None) -> str:
+    """Two: no more are known."""
+    return "" if value is None else f"{value:.2g}" if value < 10 else f"{float(f'{value:.2g}'):,.0f}"
+
+
+def _typed(
+    choice: Choice, plan: Plan, config: str, overrides: Sequence[str], phase: str | None, gpus_per_node: int
+) -> list[str]:
+    """What to type on one node or under SLURM on several."""
+    if plan.processes <= gpus_per_node or plan.processes % gpus_per_node:
+        return [f"  {command(choice, plan.processes, config, overrides, phase)}"]
+    words = ["sbatch", f"--nodes={plan.processes // gpus_per_node}", f"--gpus-per-node={gpus_per_node}"]
+    words += ["launch/slurm.sh", *_training(choice, config, overrides, phase)]
+    return [f"  LAUNCH={choice.launch} {shlex.join(words)}"]
 
 
 def command(choice: Choice, processes: int, config: str, overrides: Sequence[str], phase: str | None) -> str:
     """The line that starts the training so."""
     words = ["accelerate", "launch", "--config_file", f"launch/accelerate/{choice.launch}.yaml"]
     words += ["--num_processes", str(processes)] if processes != USUAL_PROCESSES.get(choice.launch, 2) else []
-    words += ["train.py", "--config", config, *(["--phase", phase] if phase is not None else [])]
+    return shlex.join([*words, "train.py", *_training(choice, config, overrides, phase)])
+
+
+def _training(choice: Choice, config: str, overrides: Sequence[str], phase: str | None) -> list[str]:
     own = [override for override in overrides if not override.startswith("train.micro_batch_size=")]
-    return shlex.join([*words, *own, f"train.micro_batch_size={choice.micro_batch}"])
+    only = ["--phase", phase] if phase is not None else []
+    return ["--config", config, *only, *own, f"train.micro_batch_size={choice.micro_batch}"]
 
 
-def _shown(rows: Sequence[Row]) -> list[Row]:
+def to_json(plan: Plan, machine: Machine, classes: Mapping[str, int], notes: Sequence[str]) -> dict[str, Any]:
+    """All of it in plain values: bytes, seconds, hours, pictures and FLOPs a second."""
+    return {**asdict(plan), "machine": asdict(machine), "classes": dict(classes), "notes": list(notes)}
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Of each phase and launch file the largest micro batch that fits, or the smallest there is."""
     best: dict[tuple[str, str], Row] = {}
     for row in rows:  # the largest micro batch comes first
         key = row.phase, row.launch

@@ -40,13 +40,14 @@ from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, agree, decide, differences, make_engine
+from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
     best_is_there,
@@ -130,7 +131,9 @@ class Job:
         """The model on the host, with its configured weights if `load`, else with fresh ones."""
         config = self.config
         classes = {name: len(found.classes) for name, found in self.class_maps.items()}
-        return build_model(config.model, config.tasks, classes, config.data.image_size, config.run.seed, load=load)
+        learned = config.train.task_balance == "uncertainty"
+        size, seed = config.data.image_size, config.run.seed
+        return build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
 
     def loaders(self, phase: PhaseConfig, start: int, end: int) -> tuple[Any, Any]:
         """Loaders of the phase's steps [start, end) and of a validation, for this rank."""
@@ -190,10 +193,10 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
 
 
 def _go(job: Job, only: str | None, fresh: bool) -> int:
-    topology, terminal = job.topology, job.terminal
+    config, topology, terminal = job.config, job.topology, job.terminal
     _check_shared(job)
     resumes = decide(topology, lambda: _open_folder(job, only, fresh))
-    found = _newest(job) if resumes else None
+    found = _newest(job, lambda candidate: check_own(config, candidate)) if resumes else None
     job.saver.newest = found
     sums = _data_sums(job)
     state = agree(topology, lambda: _position(job, found, only, fresh, sums))
@@ -327,7 +330,10 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
         publish_best(config.folder, found, tick)
         # As long as a checkpoint may have to be gone back to from which the next phase would begin once more.
         phases = {checkpoint_phase(name) for name in store.kept(found.path)} & carried
-        store.prune(found.path, [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases])
+        spare = [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases]
+        if found.state["bad_streak"] > 0:  # it may have to be gone back behind all of these
+            spare += filter(None, [store.newest_name(lambda state: state.get("bad_streak") == 0)])
+        store.prune(found.path, spare)
 
     return Saver(store, topology.control, terminal.say, watch.beat, settle)
 
@@ -341,6 +347,10 @@ def _first_model(job: Job) -> Hybrid:
             model.set_trainable(phase.trainable)
         except UserError as error:
             raise UserError(f"phases.{index}.trainable: {error}") from None
+        try:
+            peak_rates(model, phase)
+        except UserError as error:
+            raise UserError(f"phases.{index}.{error}") from None
     return model
 
 
@@ -433,11 +443,11 @@ def _open_folder(job: Job, only: str | None, fresh: bool) -> bool:
     return resumes
 
 
-def _newest(job: Job) -> Found | None:
+def _newest(job: Job, accept: Callable[[Found], None]) -> Found | None:
     """The checkpoint to go on from; rank 0 looks and decides, the others follow."""
     found = None
     if job.topology.is_main:
-        found = job.store.newest(lambda candidate: check_own(job.config, candidate), job.terminal.say)
+        found = job.store.newest(accept, job.terminal.say)
     return job.topology.control.from_main(found)
 
 
@@ -534,7 +544,72 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
             continue
         if index > at:
             state.begin(phase.name)
-        found = _run_phase(job, phase, state, found, initial.pop() if initial else None)
+        found = _run_guarded(job, phase, state, found, initial.pop() if initial else None)
+
+
+def _run_guarded(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
+    """As `_run_phase`; after too many bad steps in a row once more, from the last good checkpoint."""
+    try:
+        return _run_phase(job, phase, state, found, model)
+    except TooManyBad as error:
+        reason = f"phase {phase.name}: {error}"
+    del model
+    good = _go_back(job, phase, state, reason)
+    try:
+        return _run_phase(job, phase, state, good, None)
+    except TooManyBad as error:
+        raise UserError(_no_way_on(f"phase {phase.name}: {error}"), shared=True) from None
+
+
+def _no_way_on(reason: str) -> str:
+    return (
+        f"{reason}. Going back to the last good checkpoint has not helped: {BAD_STEPS} names the steps and their"
+        " samples; other pictures or labels there, or a lower learning rate in a new run, would do"
+    )
+
+
+def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Found:
+    """Put `state`, and the disk, to where the last good checkpoint is, once; all ranks together.
+
+    Raises:
+        UserError: the phase has gone back already, or there is nothing to go back to.
+    """
+    job.watch.beat("going back to the last good checkpoint")
+    if decide(job.topology, lambda: has_gone_back(job.folder, phase.name)):
+        raise UserError(_no_way_on(reason), shared=True)
+    good = _newest(job, lambda candidate: _check_good(job, phase, candidate))
+    if good is None:
+        none = "There is no good checkpoint to go back to; other pictures, labels or weights, or a lower learning rate"
+        raise UserError(f"{reason}. {none} in a new run, would do", shared=True)
+    abandoned = state.step
+    for key, value in vars(TrainState.from_dict(good.state)).items():
+        setattr(state, key, value)
+
+    def tidy() -> None:
+        with _disk(job.folder):
+            note_went_back(job.folder, phase.name, abandoned, good.path.name)
+            job.store.drop_after(good.state["step"])  # a stop before they are made anew must not find them
+            publish_best(job.folder, good, job.watch.beat, verify=True)
+
+    decide(job.topology, tidy)
+    _forget_lost_best(job, state)
+    if state.phase != phase.name:
+        state.begin(phase.name)
+    job.saver.newest = good
+    job.sinks.warned(f"{reason}; back to {good.path.name}, once")
+    job.sinks.close()  # they begin once more, with metrics.jsonl cut back
+    return good
+
+
+def _check_good(job: Job, phase: PhaseConfig, found: Found) -> None:
+    """Raises `Damaged` for what is not to be gone back to: it stands among bad steps, or before another phase."""
+    check_own(job.config, found)
+    state = TrainState.from_dict(found.state)
+    names = [each.name for each in job.config.phases]
+    if state.phase == phase.name and state.bad_streak > 0:
+        raise Damaged(f"bad steps in a row there: {state.bad_streak}")
+    if state.phase != phase.name and not (state.finished and names.index(state.phase) + 1 == names.index(phase.name)):
+        raise Damaged(f"it is not what phase {phase.name} begins with")
 
 
 def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
@@ -550,7 +625,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
-    groups = param_groups(model, job.config.train.weight_decay, optimizer.step if optimizer is not None else None)
+    peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
+    groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
     engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
     try:
@@ -558,22 +634,25 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
+            engine.load_average(optimizer)
         # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
         # shall not find some of them before this line and some behind it.
         job.topology.control.barrier()
         job.stop.wait_for_the_loop()
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
-        return PhaseLoop(job, phase, state, engine, layout).run()
+        with explained():
+            return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
     finally:
         engine.close()
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
-    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
+    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before, which are
+    means if it kept any."""
     before = found.state["phase"]
     if before == phase.name or phase.start == "last":
-        return found.reader().weights(layout.shapes)
+        return found.reader().weights(layout.shapes, averaged=before != phase.name)
     return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 

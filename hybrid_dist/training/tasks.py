@@ -40,6 +40,11 @@ class Task(ABC):
         self.tail = tail
         self.classes = classes
 
+    @property
+    @abstractmethod
+    def ignorance(self) -> float:
+        """What a label costs a model that knows nothing; 0 where there is nothing to know."""
+
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
         """(B,) bool: which samples carry this label."""
@@ -136,6 +141,10 @@ class Classification(Task):
         super().__init__(name, config, classes, tail)
         self._there: dict[tuple[str, torch.device], Tensor] = {}
 
+    @property
+    def ignorance(self) -> float:
+        return math.log(max(len(self.classes), 1))
+
     def valid(self, target: Tensor) -> Tensor:
         return target >= 0
 
@@ -213,6 +222,10 @@ class Classification(Task):
 @kind("regression")
 class Regression(Task):
     """A score in 0–1: smooth L1."""
+
+    @property
+    def ignorance(self) -> float:
+        return 0.125  # half a unit off
 
     def valid(self, target: Tensor) -> Tensor:
         return ~torch.isnan(target)

@@ -100,10 +100,11 @@ def test_fp16_is_not_planned_where_training_refuses_it(config_file: Path) -> Non
     assert [strategy.name for strategy in Planner(config, CLASSES, 2, 1, "cuda").strategies] == ["ddp"]
 
 
-def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches: figures that scripts can't read, a line that can't be typed, a fit that is none and exits with 0."""
     command = ["plan", "--config", str(config_file), "--gpus", "2"]
-    assert cli.main([*command, "--gpu-memory", "24", "--json", "train.micro_batch_size=2"]) == 0
+    asked = [*command, "--gpu", "l4", "--loader-rate", "1e6", "--json", "--plot", str(tmp_path / "plan.svg")]
+    assert cli.main([*asked, "train.micro_batch_size=2"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["run"]["launch"] == "ddp"
     assert found["run"]["micro_batch"] == 8
@@ -111,6 +112,14 @@ def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["classes"] == CLASSES, "the data is there: its own labels count"
     assert len(found["rows"]) == 3 * 6 * 4
     assert all(isinstance(row["peak"], int) and row["peak"] > row["parameters"] for row in found["rows"])
+    paces = [row["pace"] for row in found["rows"]]
+    assert all(pace["images_per_s"] > 0 and pace["bottleneck"] in pace["parts"] for pace in paces)
+    assert (found["pictures"], found["steps"]) == (56, {"a": 10, "b": 10, "c": 10})
+    assert [scale["processes"] for scale in found["scaling"]] == [1, 2, 4, 8, 16]
+    seconds = {(row["phase"], row["launch"], row["micro_batch"]): row["pace"]["seconds"] for row in found["rows"]}
+    assert found["run"]["hours"] == pytest.approx(sum(10 * seconds[phase, "ddp", 8] for phase in "abc") / 3600)
+    assert found["machine"]["device"]["title"] == "L4"
+    assert "phase c" in (tmp_path / "plan.svg").read_text()
 
     assert cli.main([*command, "--gpu-memory", "24", "train.micro_batch_size=2", "data.train_csv=none.csv"]) == 0
     said = capsys.readouterr().out
@@ -120,15 +129,15 @@ def test_command(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "100 for type" in said
 
     command[-1] = "1"
-    assert cli.main([*command, "--gpu-memory", "0.5"]) == 3
-    assert "no launch file" in capsys.readouterr().out
-    assert cli.main([*command, "--gpu-memory", "4"]) == 0
-    assert "single_gpu.yaml train.py" in capsys.readouterr().out
+    assert cli.main([*command, "--gpu-memory", "0.5", "data.train_csv=none.csv"]) == 3
+    said = capsys.readouterr().out
+    assert "no launch file" in said
+    assert "GPUs of 2 GB would do; smaller pictures" in said
 
 
 def test_number_of_processes_is_named(planner: Planner, config_file: Path) -> None:
     """Catches: a command that starts 2 processes where 4 were planned."""
-    lines = advice(plan(planner, 80_000_000_000), str(config_file), [])
+    lines = advice(plan(planner, 80_000_000_000), str(config_file), [], 8)
     assert lines[0] == "all phases: ddp, micro batch 4"
     assert "--num_processes 4 train.py" in lines[1]
 
@@ -139,6 +148,11 @@ def test_number_of_processes_is_named(planner: Planner, config_file: Path) -> No
         (["--gpus", "0", "--gpu-memory", "80"], "--gpus 0"),
         (["--gpus", "2", "--gpu-memory", "0"], "--gpu-memory 0"),
         (["--gpus", "2", "--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["--gpus", "2"], "--gpu NAME"),
+        (["--gpus", "2", "--gpu", "a100"], "--gpu a100: did you mean a100-"),
+        (["--gpus", "2", "--gpu", "t4", "train.precision=bf16"], "train.precision=fp16 would do"),
+        (["--gpus", "2", "--gpu", "l4", "--network", "-1"], "--network -1"),
+        (["--gpus", "2", "--gpu", "l4", "--plot", "plan.gif"], "FILE.png or FILE.svg"),
         (["--gpus", "3", "--gpu-memory", "80"], "does not divide"),
         (["--gpus", "2", "--gpu-memory", "80", "phases.1.trainable=[nothing*]"], "phases.1.trainable"),
         (["--gpus", "2", "--gpu-memory", "80", "model.fusion=glue"], "model.fusion"),
