@@ -42,7 +42,7 @@ def balanced(counts: NDArray[np.int64]) -> Tail:
 def logit_adjusted(counts: NDArray[np.int64]) -> Tail:
     """Logits plus τ · log of the class's share: the head learns what is left when rarity is taken out.
 
-    Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021, its loss (10). A class that training never saw
+    Menon et al., Long-Tail Learning via Logit Adjustment, ICLR 2021. A class that training never saw
     counts as if it had been seen once: log 0 would make a smoothed loss infinite.
     """
     seen = np.maximum(counts, 1)

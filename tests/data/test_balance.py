@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_dist.data.balance import Balance
-from hybrid_dist.data.order import PADDING, TrainSampler
+from hybrid_dist.data.order import PADDING, TrainSampler, epoch_order
 
 labels_of_a_table = st.lists(st.integers(-1, 5), min_size=12, max_size=120).map(lambda some: np.array(some, np.int64))
 
@@ -77,6 +77,22 @@ def test_equal_classes_change_nothing_but_the_order():
     turns, rows = Balance.of(labels).epoch(0, "a", 4)
     assert sorted(rows.tolist()) == list(range(24))
     assert set(turns.tolist()) == {4}
+
+
+def test_the_draws_are_shuffled_and_no_round_is_like_another():
+    """Catches an epoch class by class, and halves of a class that always come together."""
+    labels = np.array([0] * 64 + [1] * 4 + [-1] * 12)
+    balance = Balance.of(labels)
+    (batch,) = sampler(labels, (80, 1, 1), 0, 0, 1, balance)
+    turns, rows = balance.epoch(3, "a", 0)
+    order = epoch_order(80, 3, "a", 0)
+    assert batch == list(zip(turns[order].tolist(), rows[order].tolist(), strict=True))
+    halves = set()
+    for epoch in range(0, 24, 2):  # 14 draws of 4 rows: three rounds, and half of one
+        times = Counter(row for row in balance.epoch(3, "a", epoch)[1].tolist() if labels[row] == 1)
+        halves.add(frozenset(row for row, count in times.items() if count == 4))
+    assert {len(half) for half in halves} == {2}
+    assert len(halves) > 2
 
 
 def test_partners_are_drawn_as_an_epoch_draws():

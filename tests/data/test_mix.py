@@ -89,6 +89,9 @@ def test_cutmix_counts_what_can_be_seen(seed):
     assert told == pytest.approx((seen & ~inside).sum() / seen.sum(), abs=1e-5)
     assert (told * WHOLE).is_integer()
     assert patch.shape[0] * patch.shape[1] <= (1 - share) * 20 * 44 + 33, "rounded sides"
+    central, _ = cutmix(own, partner, 0.75, (0.5, 0.5))
+    changed = central[(central != own).any(-1)]
+    assert len(changed) >= 200 and (changed != BACKGROUND).any(-1).all(), "it shows the partner, wherever that stands"
 
 
 def test_cutmix_of_whole_squares_is_the_papers():
@@ -107,6 +110,8 @@ def test_labels_that_mixing_makes_a_lie_of():
                      "rust": TaskConfig(kind="classification", column="rust")}  # fmt: skip
     assert kept("mixup", tasks) == {"type", "age"}
     assert kept("cutmix", tasks) == {"type", "airline", "age"}
+    lock = {"lock": TaskConfig(kind="classification", column="lock", sensitive_to=["occlusion"])}
+    assert kept("cutmix", lock) == set(), "it may be under the patch"
     hue = {"hue": TaskConfig(kind="regression", column="hue", sensitive_to=["colour"])}
     assert kept("cutmix", hue) == set(), "a colour's mean is a colour that is nowhere"
     (sentence,) = check_mixing(data(mixup=0.2, mix_prob=0.9), TASKS)
