@@ -195,6 +195,8 @@ class PhaseConfig(Section):
     """The phase ends early after so many validations in a row without a better `val/score`; null: it does not."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
+    image_size: int | None = Field(None, ge=32)
+    """Side in pixels of the phase's pictures, in training and validation; null: `data.image_size`."""
     carry_optimizer: bool = False
     """Begin with the optimizer's state, as of those weights, of what trained in the phase before too."""
 
@@ -285,6 +287,20 @@ class Config(Section):
         if self.phases[0].carry_optimizer:
             raise ValueError("phases.0.carry_optimizer: there is no phase before it to carry anything from")
         return self
+
+    def size(self, phase: PhaseConfig) -> int:
+        """Side in pixels of a phase's pictures."""
+        return phase.image_size if phase.image_size is not None else self.data.image_size
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of pictures that the phases want, each once, in their order."""
+        return tuple(dict.fromkeys(map(self.size, self.phases)))
+
+    @property
+    def final_size(self) -> int:
+        """The size of the last phase's pictures, and so of those that the finished model takes."""
+        return self.size(self.phases[-1])
 
     @property
     def folder(self) -> Path:

@@ -150,6 +150,11 @@ class PieceReader:
         """How often the optimizer has updated the parameter; None where it has no state."""
         return self._steps.get(name)
 
+    def forget_steps(self, names: Iterable[str]) -> None:
+        """From here on these have no optimizer state."""
+        for name in names:
+            self._steps.pop(name, None)
+
     def missing(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
         """The first parameter of `shapes` whose pieces do not cover it; None if all are whole."""
         for name, shape in shapes.items():

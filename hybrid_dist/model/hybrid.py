@@ -15,7 +15,7 @@ from hybrid_dist.errors import UserError
 from hybrid_dist.model.backbones import Backbone, Features, check_name, probe
 from hybrid_dist.model.fusion import Fusion, build_fusion, find_fusion
 from hybrid_dist.model.heads import BALANCE, HEADS, Balance, Head
-from hybrid_dist.model.weights import find_weights, load_weights
+from hybrid_dist.model.weights import find_weights, fit_positions, load_weights
 
 # A module's attribute can't be called `type` (nn.Module has a method of that name), a task can.
 HEAD_PREFIX = "task_"
@@ -184,6 +184,25 @@ def build_model(
             heads[task] = HEADS[task_config.kind](fusion.out_features, classes.get(task, 0), config.dropout)
     learned = Balance(len(tasks)) if balance else None
     return Hybrid(branches["cnn"], branches["transformer"], fusion, heads, learned)
+
+
+def fit_weights(config: ModelConfig, state: Mapping[str, Tensor], model: Hybrid) -> dict[str, Tensor]:
+    """A whole model's weights from another picture size, as `model` holds them: see `fit_positions`.
+
+    Args:
+        config: Of both models.
+        state: By the names of `Hybrid`. What fits stays the tensor that it is.
+
+    Raises:
+        UserError: timm can't resample a branch's tables.
+    """
+    fitted = dict(state)
+    for part, branch in model.branches().items():
+        prefix = f"{part}.net."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        found = fit_positions(f"the {part} of another size", _configured(config)[part], own, branch.net)
+        fitted.update({prefix + name: value for name, value in found.items()})
+    return fitted
 
 
 def check_model(config: ModelConfig, image_size: int) -> None:

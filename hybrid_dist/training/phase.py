@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import time
@@ -292,9 +293,10 @@ class PhaseLoop:
         files: dict[str, str] = {}
         if result is not None:
             names = [job.val_table.filename(int(row)) for row in result.rows]
+            picture = functools.partial(job.val_picture, job.config.size(self.phase))
             result = calibration.calibrated(result, temperature)
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
-            self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
+            self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, picture))
         self._judged = Judged(self.state.step, score, metrics, temperature, files)
         self._write_metrics(metrics | raw)
         self._save(wait=ends)

@@ -43,7 +43,7 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
-from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
+from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
@@ -81,8 +81,8 @@ class Job:
     tasks: list[Task]
     train_table: Table
     val_table: Table
-    packed: dict[str, Packed]
-    """Those of the splits, `train` and `val`, that are read from a packed copy."""
+    packed: dict[tuple[str, int], Packed]
+    """By split, `train` or `val`, and size of pictures: those that are read from a packed copy."""
     store: Store
     saver: Saver
     lock: RunLock
@@ -113,11 +113,11 @@ class Job:
         """What is to be said of any model of this run."""
         return describe_model(self.config, self.class_maps, self.tables)
 
-    def val_picture(self, row: int) -> np.ndarray:
-        """A validation picture's pixels, for a person: uint8 (height, width, 3), RGB."""
-        if "val" in self.packed:
-            return self.packed["val"].picture(row)
-        return read_picture(self.val_table.images / self.val_table.filename(row), self.config.data.image_size)
+    def val_picture(self, size: int, row: int) -> np.ndarray:
+        """A validation picture's pixels, for a person: uint8 (height, width, 3), RGB; `size` is its phase's."""
+        if ("val", size) in self.packed:
+            return self.packed["val", size].picture(row)
+        return read_picture(self.val_table.images / self.val_table.filename(row), size)
 
     def length(self, phase: PhaseConfig) -> Length:
         return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
@@ -127,12 +127,12 @@ class Job:
         phases = self.config.phases
         return sum(self.length(later).total for later in phases[phases.index(phase) + 1 :])
 
-    def build(self, load: bool) -> Hybrid:
-        """The model on the host, with its configured weights if `load`, else with fresh ones."""
+    def build(self, phase: PhaseConfig, load: bool) -> Hybrid:
+        """A phase's model on the host, with its configured weights if `load`, else with fresh ones."""
         config = self.config
         classes = {name: len(found.classes) for name, found in self.class_maps.items()}
         learned = config.train.task_balance == "uncertainty"
-        size, seed = config.data.image_size, config.run.seed
+        size, seed = config.size(phase), config.run.seed
         return build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
 
     def loaders(self, phase: PhaseConfig, start: int, end: int) -> tuple[Any, Any]:
@@ -141,23 +141,19 @@ class Job:
         data, train, seed = config.data, config.train, config.run.seed
         workers = resolve_workers(data.workers, topology.local_world_size)
         pin = topology.device.type == "cuda"
-        augment = Augment(data.image_size, config.tasks, train=data.augment)
+        size = config.size(phase)
+        augment = Augment(size, config.tasks, train=data.augment)
+        packed, held = self.packed.get(("train", size)), self.packed.get(("val", size))
+        degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
         samples = Samples(
-            self.train_table,
-            augment,
-            seed,
-            phase.name,
-            config.debug.trace,
-            self.packed.get("train"),
-            self._mixing(),
-            Degrade(data.degrade, config.tasks) if data.degrade else None,
+            self.train_table, augment, seed, phase.name, config.debug.trace, packed, self._mixing(), degrade
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
             topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
-        plain = Augment(data.image_size, config.tasks, train=False)
-        val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
+        plain = Augment(size, config.tasks, train=False)
+        val = Samples(self.val_table, plain, seed, phase.name, packed=held)
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
 
@@ -180,9 +176,10 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
     job = agree(topology, lambda: prepare(config, topology, stop))
-    for split, signature in decide(topology, lambda: _choose_packed(job)).items():
-        job.packed[split] = agree(topology, lambda: _open_packed(job, split, signature))  # noqa: B023 (called at once)
-        job.terminal.say(f"{split} pictures come from {job.packed[split].folder}")
+    for (split, size), signature in decide(topology, lambda: _choose_packed(job)).items():
+        found = agree(topology, lambda: _open_packed(job, split, size, signature))  # noqa: B023 (called at once)
+        job.packed[split, size] = found
+        job.terminal.say(f"{split} pictures come from {found.folder}")
     decide(topology, lambda: _check_pictures(job))
     try:
         return _go(job, only, fresh)
@@ -288,20 +285,20 @@ def _sinks(config: Config, topology: Topology, terminal: Terminal, lengths: dict
     return [NodeFacts(config.folder / "wandb", node)] if mode != "off" and node > 0 and local_rank == 0 else []
 
 
-def _choose_packed(job: Job) -> dict[str, str]:
-    """The signatures of the copies to read from, by split."""
-    data, found = job.config.data, {}
-    for split, table in job.tables.items():
-        packed = choose_packed(data.packed, table, job.sources[split], data.image_size, job.terminal.say)
+def _choose_packed(job: Job) -> dict[tuple[str, int], str]:
+    """The signatures of the copies to read from, by split and size."""
+    found = {}
+    for (split, table), size in itertools.product(job.tables.items(), job.config.sizes):
+        packed = choose_packed(job.config.data.packed, table, job.sources[split], size, job.terminal.say)
         if packed is not None:
-            found[split] = packed.signature()
+            found[split, size] = packed.signature()
     return found
 
 
-def _open_packed(job: Job, split: str, signature: str) -> Packed:
+def _open_packed(job: Job, split: str, size: int, signature: str) -> Packed:
     """On a rank of another machine it may not be there, or be another one."""
     try:
-        packed = open_packed(job.tables[split], job.config.data.image_size, None)
+        packed = open_packed(job.tables[split], size, None)
     except Stale as reason:
         raise UserError(f"on {socket.gethostname()}: {reason}") from None
     if packed is None:
@@ -314,7 +311,7 @@ def _open_packed(job: Job, split: str, signature: str) -> Packed:
 def _check_pictures(job: Job) -> None:
     """Those of both splits are there, but for as many as may be bad."""
     for split, table in job.tables.items():
-        if split in job.packed and not job.sources[split].there():
+        if not job.sources[split].there() and all((split, size) in job.packed for size in job.config.sizes):
             continue
         missing = check_pictures(table, job.config.data.max_bad)
         if missing is not None:
@@ -340,8 +337,8 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
 
 def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
-    check_model(job.config.model, job.config.data.image_size)
-    model = job.build(load=True)
+    _check_models(job.config)
+    model = job.build(job.config.phases[0], load=True)
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
@@ -352,6 +349,22 @@ def _first_model(job: Job) -> Hybrid:
         except UserError as error:
             raise UserError(f"phases.{index}.{error}") from None
     return model
+
+
+def _check_models(config: Config) -> None:
+    """One for each size of pictures."""
+    seen: set[int] = set()
+    for index, phase in enumerate(config.phases):
+        size = config.size(phase)
+        if size in seen:
+            continue
+        try:
+            check_model(config.model, size)
+        except UserError as error:
+            if not seen:  # it need not be about the size
+                raise
+            raise UserError(f"phases.{index}.image_size: {error}") from None
+        seen.add(size)
 
 
 def _check_shared(job: Job) -> None:
@@ -619,12 +632,12 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
-        model = job.build(load=False)
-        model.load_state_dict(_weights(job, phase, found, Layout.of(model)))
+        model = job.build(phase, load=False)
+        model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
-    optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
+    optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found, layout)
     peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
     groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
@@ -651,25 +664,39 @@ def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict
     """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before, which are
     means if it kept any."""
     before = found.state["phase"]
-    if before == phase.name or phase.start == "last":
-        return found.reader().weights(layout.shapes, averaged=before != phase.name)
+    if before == phase.name:
+        return found.reader().weights(layout.shapes)
+    if phase.start == "last":
+        shapes = {name: torch.Size(shape) for name, shape in found.state["shapes"].items()}  # of its own size
+        return found.reader().weights(shapes, averaged=True)
     return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
-def _carried(job: Job, phase: PhaseConfig, found: Found | None) -> PieceReader | None:
-    """The optimizer's state that a phase begins with, if it is to have any: as it was at the weights it begins with."""
-    if found is None or not phase.carry_optimizer:
+def _carried(job: Job, phase: PhaseConfig, found: Found | None, layout: Layout) -> PieceReader | None:
+    """The optimizer's state that a phase begins with, if it is to have any: as it was at the weights it begins with.
+
+    A table of positions that has another shape in this phase begins anew: its moments belong to other places.
+    """
+    begins = _begins_at(job, phase, found) if found is not None and phase.carry_optimizer else None
+    if begins is None:
         return None
+    shapes = begins.state["shapes"]
+    reader = begins.reader()
+    reader.forget_steps(name for name, shape in layout.shapes.items() if shapes.get(name) != list(shape))
+    return reader
+
+
+def _begins_at(job: Job, phase: PhaseConfig, found: Found) -> Found | None:
+    """The checkpoint of the weights that a phase begins with; `found` is the last one of the phase before."""
     if phase.start == "last" or found.state["best_step"] == found.state["step"]:
-        return found.reader()
+        return found
     path, best = job.store.folder / checkpoint_name(found.state["phase"], found.state["best_step"]), None
     if job.topology.is_main:
         try:
             best = inspect(path)
         except Damaged as reason:
             job.terminal.say(f"warning: phase {phase.name} begins without the optimizer's state of {path}: {reason}")
-    best = job.topology.control.from_main(best)
-    return best.reader() if best is not None else None
+    return job.topology.control.from_main(best)
 
 
 def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) -> None:

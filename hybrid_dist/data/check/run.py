@@ -125,7 +125,7 @@ def check_data(
 
     tell(0)
     pictures = _spread_out(measure(there, workers, tell), files.there)
-    findings += picture_findings(splits, files, pictures, config.data.image_size)
+    findings += picture_findings(splits, files, pictures, max(config.sizes))
     findings += copy_findings(splits, files, pictures)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return DataCheck(config, splits, files, pictures, findings)
