@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -139,11 +139,15 @@ class Sent(TorchDispatchMode):
     """Counts bytes that each process of a ring sends while it is on."""
 
     # Of each collective the argument that is whole, and how often a ring passes it round.
-    WHOLE = {  # noqa: RUF012
-        "allreduce_": (0, 2), "_allgather_base_": (0, 1), "allgather_": (0, 1),
-        "allgather_into_tensor_coalesced_": (0, 1), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1),
+    WHOLE: ClassVar = {
+        "allreduce_": (0, 2),
+        "allgather_": (0, 1),
+        "_allgather_base_": (0, 1),
+        "allgather_into_tensor_coalesced_": (0, 1),
+        "reduce_scatter_": (1, 1),
+        "_reduce_scatter_base_": (1, 1),
         "reduce_scatter_tensor_coalesced_": (1, 1),
-    }  # fmt: skip
+    }
 
     def __init__(self, processes: int) -> None:
         super().__init__()

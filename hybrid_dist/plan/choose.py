@@ -47,6 +47,8 @@ ALLOWANCES = {
 
 MOST_PROCESSES = 512
 """Of what scaling is told for."""
+CLOSE = 1.05
+"""Times that are no further apart than by this factor are about the same: the estimate knows no better."""
 
 
 class Rules(NamedTuple):
@@ -180,21 +182,22 @@ class Planner:
         return [size for size in range(share, 0, -1) if share % size == 0]
 
     def choose(self, phases: Sequence[str]) -> Choice | None:
-        """The fastest launch file and micro batch with which all of the phases fit.
+        """The simplest launch file with which all of the phases fit and that is about as fast as any that fits.
 
-        Of equals, and where no times are known, it is the simplest launch file, with the largest micro batch for it.
+        With the largest micro batch for it. Where no times are known, all are as fast.
         """
-        for strategy, size in self._candidates(phases):
-            peak = 0
-            for phase in phases:
-                row = self._kept_row(phase, strategy, size)
-                if not row.fits:
-                    break
-                peak = max(peak, row.peak)
-            else:
-                hours = self._hours(phases, strategy, size)
-                return Choice(strategy.name, size, peak, hours, None if hours is None else hours * self.processes)
-        return None
+        pairs = [(strategy, size) for strategy in self.strategies for size in self.micro_batches()]
+        seconds = {pair: self._seconds(phases, *pair) for pair in pairs}
+        fastest = next(
+            (pair for pair in sorted(pairs, key=lambda pair: seconds[pair]) if self._fit(phases, *pair)), None
+        )
+        if fastest is None:
+            return None
+        near = (pair for pair in pairs if seconds[pair] <= CLOSE * seconds[fastest])
+        strategy, size = next(pair for pair in near if self._fit(phases, *pair))
+        peak = max(self._kept_row(phase, strategy, size).peak for phase in phases)
+        hours = self._hours(phases, strategy, size)
+        return Choice(strategy.name, size, peak, hours, None if hours is None else hours * self.processes)
 
     def plan(self, doing: Callable[[str], None]) -> Plan:
         """All of it; `doing` is told what comes next.
@@ -230,17 +233,14 @@ class Planner:
         rates = {phase: one.images_per_s for phase, one in paces.items()}
         return Scale(self.processes, found, rates, {phase: one.bottleneck for phase, one in paces.items()})
 
-    def _candidates(self, phases: Sequence[str]) -> list[tuple[Strategy, int]]:
-        """Launch files and micro batches, the best first whether they fit or not."""
-        pairs = [(strategy, size) for strategy in self.strategies for size in self.micro_batches()]
+    def _fit(self, phases: Sequence[str], strategy: Strategy, micro_batch: int) -> bool:
+        return all(self._kept_row(phase, strategy, micro_batch).fits for phase in phases)
+
+    def _seconds(self, phases: Sequence[str], strategy: Strategy, micro_batch: int) -> float:
+        """Of all of the phases, as far as it tells which is faster."""
         if self.machine is None:
-            return pairs
-        weights = {phase: self._weight(phase) for phase in phases}
-
-        def seconds(pair: tuple[Strategy, int]) -> float:
-            return sum(weights[phase] * self._known_pace(phase, *pair).seconds for phase in phases)
-
-        return sorted(pairs, key=seconds)  # stable: of equals the simplest stays first
+            return 0.0
+        return sum(self._weight(name) * self._known_pace(name, strategy, micro_batch).seconds for name in phases)
 
     def _known_pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace:
         found = self.pace(phase, strategy, micro_batch)

@@ -38,8 +38,8 @@ UPDATE_ON_HOST = 32
 
 ASSUMED = (
     f"an estimate from data sheets: {MATRIX:.0%} of matrix peak, {ELSE:.0%} of fp32 peak, {MEMORY:.0%} of memory and "
-    f"{LINKS:.0%} of link bandwidth, {DISPATCH * 1e6:g} µs to launch an operation; no stragglers; without validation, "
-    "checkpoints and start-up"
+    f"{LINKS:.0%} of link bandwidth, {DISPATCH * 1e6:g} µs to launch an operation, {HOOKS * 1e6:g} µs a module under "
+    "ZeRO 3; no stragglers; without validation, checkpoints and start-up"
 )
 
 

@@ -53,3 +53,10 @@ def test_peak_is_right(rows: dict[str, dict[str, Any]], launch: str) -> None:
     """Catches: a buffer or a moment of the step that the plan does not know."""
     for want, have in zip(rows[launch]["planned"], rows[launch]["measured"], strict=True):
         assert want["peak"] == pytest.approx(have["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_sent_is_right(rows: dict[str, dict[str, Any]], launch: str) -> None:
+    """Catches: a collective that the plan does not know, of other tensors, in another type, or with other batches."""
+    for want, have in zip(rows[launch]["planned"], rows[launch]["measured"], strict=True):
+        assert want["sent"] == pytest.approx(have["sent"], rel=0.03)

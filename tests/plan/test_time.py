@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybrid_dist.config import load_config
 from hybrid_dist.errors import UserError
 from hybrid_dist.plan import Planner
+from hybrid_dist.plan.choose import CLOSE
 from hybrid_dist.plan.devices import DEVICES, named, usual
 from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.seconds import Machine
@@ -196,14 +198,14 @@ def test_more_is_never_slower(planner: Planner) -> None:
     peaks = sorted({row.peak for row in planner._rows(lambda _: None) if row.phase == "c"})
     by_memory = [hours(memory=memory) for memory in (1, *peaks)]
     assert by_memory[0] == float("inf") > by_memory[-1]
-    assert by_memory == sorted(by_memory, reverse=True)
     by_network = [hours(network=network) for network in (0.01, 0.1, 1, 10, 100, 1000)]
-    assert by_network == sorted(by_network, reverse=True)
+    for found in (by_memory, by_network):
+        assert all(after <= CLOSE * before for before, after in itertools.pairwise(found))
     assert by_network[0] > 2 * by_network[-1]
     by_loader = [hours(loader=rate) for rate in (1, 100, 1e6)]
-    assert by_loader[0] == pytest.approx(100 * by_loader[1], rel=0.01), "30 steps of 64 pictures wait for the loader"
+    assert by_loader[0] == pytest.approx(100 * by_loader[1], rel=0.01), "steps of 64 pictures wait for the loader"
     assert by_loader[2] == hours()
-    assert hours(gpus_per_node=16) <= hours()
+    assert hours(gpus_per_node=16) <= CLOSE * hours()
 
 
 def test_what_holds_it_up(planner: Planner) -> None:
