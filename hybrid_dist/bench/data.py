@@ -40,7 +40,7 @@ def bench(path: str, overrides: Sequence[str], pictures: int, repeats: int) -> l
     rates: dict[str, list[float]] = {name: [] for name in ways}
     # By turns, so that a machine that slows down for a while does so for both.
     for _, (name, copy) in itertools.product(range(repeats), ways.items()):
-        rates[name].append(rate(our_loader(table, config.tasks, config.data.image_size, pictures, copy), pictures))
+        rates[name].append(rate(our_loader(table, config.tasks, config.final_size, pictures, copy), pictures))
     return [describe_rates(name, found, config) for name, found in rates.items()]
 
 
@@ -52,7 +52,7 @@ def sampled_rate(config: Config, table: Table) -> float | None:
     copy = ways.get("packed")
     if copy is None and not (table.images / table.filename(0)).is_file():
         return None
-    return rate(our_loader(table, config.tasks, config.data.image_size, SAMPLED, copy), SAMPLED)
+    return rate(our_loader(table, config.tasks, config.final_size, SAMPLED, copy), SAMPLED)
 
 
 def _ways(config: Config, table: Table) -> dict[str, Packed | None]:
@@ -60,7 +60,7 @@ def _ways(config: Config, table: Table) -> dict[str, Packed | None]:
     source = Source(config.data.train_images)
     ways: dict[str, Packed | None] = {} if source.remote else {"plain": None}
     with contextlib.suppress(Stale):
-        ways["packed"] = open_packed(table, config.data.image_size, source)
+        ways["packed"] = open_packed(table, config.final_size, source)
     return ways
 
 
@@ -68,7 +68,7 @@ def describe_rates(name: str, rates: Sequence[float], config: Config) -> dict[st
     """A row of the result."""
     return {
         "path": name, "images_per_s_per_worker": statistics.median(rates), "lowest": min(rates), "highest": max(rates),
-        "repeats": len(rates), "image_size": config.data.image_size,
+        "repeats": len(rates), "image_size": config.final_size,
     }  # fmt: skip
 
 

@@ -58,6 +58,13 @@ class Rules(NamedTuple):
     trainable: tuple[str, ...]
 
 
+class Rules(NamedTuple):
+    """What a phase lets train, of the model for its size of pictures."""
+
+    image_size: int
+    trainable: tuple[str, ...]
+
+
 class Planner:
     """Plans one config on so many processes; what it has traced it keeps."""
 
