@@ -35,7 +35,7 @@ def _train(stop: Stop) -> int:
             from hybrid_dist.training.run import run
 
             same = {**config.alike(), "--phase": arguments.phase, "--fresh": arguments.fresh}
-            topology = start(config.train.precision, config.train.stall_timeout, same)
+            topology = start(config.train.precision, config.train.stall_timeout, same, config.train.deterministic)
         code = run(config, topology, stop, arguments.phase, arguments.fresh)
         leave()
         if code == 0 and topology.is_main and config.tracking.report:

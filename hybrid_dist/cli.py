@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -89,8 +90,9 @@ def pack(arguments: argparse.Namespace) -> int:
     from hybrid_dist.data.pack import pack_splits
 
     config = load_config(arguments.config, arguments.overrides)
+    warn = functools.partial(print, file=sys.stderr)
     with bar("packing") as tell:
-        packed = pack_splits(config.data, config.tasks, lambda text: print(text, file=sys.stderr), tell)
+        packed = pack_splits(config.data, config.tasks, config.sizes, warn, tell)
     too_many = [split for split in packed if split.bad > config.data.max_bad * split.pictures]
     for split in packed:
         unusable = f", {split.bad} of them can't be used" if split.bad else ""

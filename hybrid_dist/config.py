@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -18,6 +19,23 @@ from hybrid_dist.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+PARTS = ("cnn", "transformer", "fusion", "heads")
+"""What a model consists of, and what `trainable` and rates can speak of."""
+
+
+def _rates(value: Any) -> Any:
+    """Refuse what is neither a rate nor a mapping of parts to rates; one sentence for both."""
+    for part, rate in value.items() if isinstance(value, dict) else [("", value)]:
+        if part and part not in PARTS:
+            raise ValueError(f"there is no part {part!r}; {', '.join(PARTS)} would do")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            whose = f"the rate of {part} is {rate!r}; " if part else ""
+            raise ValueError(f"{whose}expected a finite number above 0, or one by part such as {{heads: 1e-3}}")
+    return value
+
+
+Rates = Annotated[float | dict[str, float], BeforeValidator(_rates)]
 
 
 class Section(BaseModel):
@@ -54,6 +72,16 @@ class DataConfig(Section):
     """Share of a split's pictures that may be missing or broken: those count as samples without labels."""
     augment: bool = True
     """Augment the training pictures, as far as each sample's labels stay true."""
+    balance: str | None = None
+    """A classification task whose rare classes come more often: in an epoch by the root of their number of pictures."""
+    mixup: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Alpha of the Beta that mixup's shares come from; 0: none. Each mixed picture is loaded beside another one."""
+    cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The same for CutMix; where both are on, half of the mixed pictures each."""
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    """Share of the training pictures that is mixed, where mixup or CutMix is on."""
+    degrade: float = Field(0.0, ge=0, le=1)
+    """Share of the training pictures with a clarity or block label that is blurred or covered, and labelled anew."""
 
 
 class BranchConfig(Section):
@@ -105,6 +133,18 @@ class TaskConfig(Section):
     """The task's share in `val/score`. Default: type 0.5, airline 0.2, clarity and block 0.15, any other 0.25."""
     sensitive_to: list[Literal["sharpness", "occlusion", "colour"]] | None = None
     """What augmentation must not touch in a sample that carries this label. Default: by column, else all of it."""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of a training label that is spread evenly over all classes; `val/loss` stays without it."""
+    tail: Literal["none", "balanced", "logit_adjusted"] = "none"
+    """How training's loss makes up for rare classes: weights by effective number, or logits shifted by frequency."""
+
+    @model_validator(mode="after")
+    def _of_classes(self) -> TaskConfig:
+        if self.kind == "regression" and self.smoothing > 0:
+            raise ValueError("smoothing spreads a label over classes, and regression has none; smoothing: 0 would do")
+        if self.kind == "regression" and self.tail != "none":
+            raise ValueError("tail makes up for rare classes, and regression has none; tail: none would do")
+        return self
 
     def share(self, name: str) -> float:
         """The task's weight in `val/score`."""
@@ -124,6 +164,14 @@ class TrainConfig(Section):
     """AdamW's."""
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this global norm."""
+    deterministic: bool = False
+    """Use algorithms alone that give the same bits each time, also on a GPU; slower there."""
+    ema: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    """Decay of a running mean of the weights, such as 0.999: that is what is validated and kept; null: no mean."""
+    max_bad_steps: int = Field(10, ge=1)
+    """So many steps in a row whose loss or gradients are no numbers, or explode: back to the last good checkpoint."""
+    task_balance: Literal["fixed", "uncertainty"] = "fixed"
+    """The tasks' weights in the loss: as they stand, or times what is learned from each task's uncertainty."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
 
@@ -137,12 +185,18 @@ class PhaseConfig(Section):
     """How long, in passes over the training split,"""
     steps: int | None = Field(None, ge=1)
     """or in optimizer steps."""
-    lr: float = Field(gt=0, allow_inf_nan=False)
-    """Peak learning rate."""
+    lr: Rates
+    """Peak learning rate; or one for each part that trains, such as `{heads: 1e-3, transformer: 5e-5}`."""
+    layer_decay: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    """In a backbone each layer's rate is so many times that of the layer above it; null: one rate for all."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the phase in which the rate climbs to its peak; then it falls along a cosine."""
+    patience: int | None = Field(None, ge=1)
+    """The phase ends early after so many validations in a row without a better `val/score`; null: it does not."""
     start: Literal["best", "last"] = "best"
     """Which weights of the phase before this one begins with."""
+    image_size: int | None = Field(None, ge=32)
+    """Side in pixels of the phase's pictures, in training and validation; null: `data.image_size`."""
     carry_optimizer: bool = False
     """Begin with the optimizer's state, as of those weights, of what trained in the phase before too."""
 
@@ -218,6 +272,14 @@ class Config(Section):
         return {"score": 1, **each, **{f"loss_{name}": -1 for name in self.tasks}, "loss": -1}
 
     @model_validator(mode="after")
+    def _balance_of_classes(self) -> Config:
+        known = [name for name, task in self.tasks.items() if task.kind == "classification"]
+        if self.data.balance is not None and self.data.balance not in known:
+            would = f"{', '.join(known)} or null would do" if known else "null would do, there is none"
+            raise ValueError(f"data.balance: {self.data.balance!r} is no classification task; {would}")
+        return self
+
+    @model_validator(mode="after")
     def _distinct_phases(self) -> Config:
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
@@ -225,6 +287,20 @@ class Config(Section):
         if self.phases[0].carry_optimizer:
             raise ValueError("phases.0.carry_optimizer: there is no phase before it to carry anything from")
         return self
+
+    def size(self, phase: PhaseConfig) -> int:
+        """Side in pixels of a phase's pictures."""
+        return phase.image_size if phase.image_size is not None else self.data.image_size
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of pictures that the phases want, each once, in their order."""
+        return tuple(dict.fromkeys(map(self.size, self.phases)))
+
+    @property
+    def final_size(self) -> int:
+        """The size of the last phase's pictures, and so of those that the finished model takes."""
+        return self.size(self.phases[-1])
 
     @property
     def folder(self) -> Path:
@@ -258,7 +334,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "stall_timeout"},
+    "train": {"micro_batch_size", "deterministic", "stall_timeout"},
 }
 
 

@@ -81,7 +81,7 @@ def measure(config: Config, topology: Topology, repeats: int, folder: Path) -> d
 
     classes = dict.fromkeys(config.tasks, tuple(str(index) for index in range(CLASSES)))
     counts = dict.fromkeys(config.tasks, CLASSES)
-    model = build_model(config.model, config.tasks, counts, config.data.image_size, config.run.seed, load=False)
+    model = build_model(config.model, config.tasks, counts, config.final_size, config.run.seed, load=False)
     model.set_trainable(config.phases[-1].trainable)
     layout = Layout.of(model)
     groups = param_groups(model, config.train.weight_decay)
@@ -109,9 +109,10 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     import torch
 
     from hybrid_dist.data.dataset import Batch
+    from hybrid_dist.training.objective import Objective
     from hybrid_dist.training.step import train_step
 
-    size, micro = config.data.image_size, config.train.micro_batch_size
+    size, micro = config.final_size, config.train.micro_batch_size
     images = torch.randint(0, 255, (micro, 3, size, size), dtype=torch.uint8)
     labels = {
         name: torch.zeros(micro, dtype=torch.int64) if task.kind == "classification" else torch.full((micro,), 0.5)
@@ -120,7 +121,7 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     batch = Batch(images, labels, torch.arange(micro))
     counts = {task.name: micro * topology.world_size for task in tasks}
     engine.set_lr(1e-6)
-    train_step(engine, tasks, [batch], counts, [0], topology.device, lambda doing: None)
+    train_step(engine, Objective(tasks), [batch], counts, [0], topology.device, lambda doing: None)
 
 
 def _ours(saver: Saver, engine: Engine, layout: Any, step: int) -> tuple[float, float]:

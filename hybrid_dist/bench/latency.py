@@ -45,7 +45,7 @@ def from_config(file: str, overrides: Sequence[str], device: str | None) -> Open
     maps = {name: classes for name, task in config.tasks.items() if task.kind == "classification"}
     description = parse_description(describe_model(config, maps, {}), file)
     counts = dict.fromkeys(maps, CLASSES)
-    model = build_model(config.model, config.tasks, counts, config.data.image_size, config.run.seed, load=False)
+    model = build_model(config.model, config.tasks, counts, config.final_size, config.run.seed, load=False)
     return OpenedModel(description, model, device)
 
 

@@ -1,8 +1,8 @@
 """Pieces of parameters in safetensors files: each rank writes those it owns, a reader takes what it needs.
 
 A tensor in a shard is called `KIND/PARAMETER@START`: the flat fp32 elements of `KIND` (`weight`, `exp_avg`,
-`exp_avg_sq`) of a parameter from element START on. Nothing in a file says how many ranks there were, or which ZeRO
-stage: the pieces of all shards together cover each parameter exactly once.
+`exp_avg_sq`, `ema`) of a parameter from element START on. Nothing in a file says how many ranks there were, or which
+ZeRO stage: the pieces of all shards together cover each parameter exactly once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hybrid_dist.distributed.engine import Piece
+from hybrid_dist.distributed.engine import EMA, MOMENTS, Piece
 from hybrid_dist.errors import UserError
 
-_KEY = re.compile(r"^(weight|exp_avg|exp_avg_sq)/(.+)@(\d+)$")
+_KEY = re.compile(r"^(weight|exp_avg|exp_avg_sq|ema)/(.+)@(\d+)$")
 
 
 def write_shard(
@@ -150,10 +150,15 @@ class PieceReader:
         """How often the optimizer has updated the parameter; None where it has no state."""
         return self._steps.get(name)
 
+    def forget_steps(self, names: Iterable[str]) -> None:
+        """From here on these have no optimizer state."""
+        for name in names:
+            self._steps.pop(name, None)
+
     def missing(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
         """The first parameter of `shapes` whose pieces do not cover it; None if all are whole."""
         for name, shape in shapes.items():
-            kinds = ("weight",) if name not in self._steps else ("weight", "exp_avg", "exp_avg_sq")
+            kinds = ["weight", *(MOMENTS if name in self._steps else []), *([EMA] if self._averages(name) else [])]
             if any(self._covered(name, kind) != math.prod(shape) for kind in kinds):
                 return name
         return None
@@ -184,22 +189,30 @@ class PieceReader:
             raise UserError(f"checkpoint holds no {kind} for elements {start + done} to {start + numel} of {name}")
         return out
 
-    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """Whole fp32 weights by name, in the given shapes, and the buffers."""
-        found = {name: self(name, "weight", 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+    def weights(self, shapes: Mapping[str, torch.Size], averaged: bool = False) -> dict[str, Tensor]:
+        """Whole fp32 weights by name, in the given shapes, and the buffers; `averaged`: means where there are any."""
+        found = {name: self._whole(name, shape, averaged) for name, shape in shapes.items()}
         return found | {name: self._buffer(name) for name in self._buffers}
+
+    def _whole(self, name: str, shape: torch.Size, averaged: bool) -> Tensor:
+        kind = EMA if averaged and self._averages(name) else "weight"
+        return self(name, kind, 0, shape.numel()).view(shape)
+
+    def _averages(self, name: str) -> bool:
+        return (name, EMA) in self._runs
 
     def write_weights(
         self, path: Path, shapes: Mapping[str, torch.Size], tick: Callable[[], None] = lambda: None
     ) -> dict[str, Any]:
-        """The same as a safetensors file, one tensor at a time; returns what `stream_tensors` does."""
+        """What validation has judged, which is `averaged`, as a safetensors file, one tensor at a time; returns what
+        `stream_tensors` does."""
         layout = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         layout |= {name: self._buffer(name).to("meta") for name in self._buffers}
 
         def read(name: str) -> Tensor:
             if name in self._buffers:
                 return self._buffer(name)
-            return self(name, "weight", 0, shapes[name].numel()).view(shapes[name])
+            return self._whole(name, shapes[name], averaged=True)
 
         return stream_tensors(path, layout, read, {"format": "pt"}, tick)
 

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hybrid_dist.checkpoint.portable import PieceReader
-from hybrid_dist.files import sync, write_atomic
+from hybrid_dist.files import read_object, sync, write_atomic
 
 FORMAT = "hybrid-dist/1"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -163,11 +163,24 @@ class Store:
         for path in self._older(newest)[self.keep - 1 :]:
             if path.name in spare:
                 continue
-            # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
-            doomed = path.with_name(f".{path.name}.doomed")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.replace(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a deletion that is cut short must not leave something that looks like a checkpoint.
+        doomed = path.with_name(f".{path.name}.doomed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def newest_name(self, test: Callable[[dict[str, Any]], bool]) -> str | None:
+        """The newest that says so of itself, unchecked; None where there is none."""
+        return next((path.name for path in self.candidates() if test(read_object(path / STATE))), None)
+
+    def drop_after(self, step: int) -> None:
+        """Remove what has been made after `step`: it is to be made once more."""
+        for path in self.candidates():
+            if path.name.rpartition("-")[0] in self.phases and step_of(path) > step:
+                self._remove(path)
 
     def kept(self, newest: Path) -> list[str]:
         """The names that `prune` leaves in any case."""

@@ -82,6 +82,10 @@ class Table:
         """Labelled rows per task."""
         return {task: int(np.count_nonzero(self.valid(task))) for task in self.labels}
 
+    def class_counts(self, task: str, class_map: ClassMap) -> np.ndarray:
+        """Labelled rows of each class: int64 (K,); 0 for a class that no row carries."""
+        return np.bincount(self.labels[task][self.valid(task)], minlength=len(class_map))
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -276,7 +280,7 @@ def untrained(train: Table, other: Table, class_maps: Mapping[str, ClassMap]) ->
     """Rows of `other` per class that the map has (from a `…_classes.json`) but no training row carries, per task."""
     found: dict[str, dict[str, int]] = {}
     for task, class_map in class_maps.items():
-        known, counts = (np.bincount(t.labels[task][t.valid(task)], minlength=len(class_map)) for t in (train, other))
+        known, counts = (table.class_counts(task, class_map) for table in (train, other))
         indices = np.flatnonzero((known == 0) & (counts > 0))
         if len(indices):
             found[task] = {class_map.classes[i]: int(counts[i]) for i in indices}

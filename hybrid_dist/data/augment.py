@@ -82,9 +82,14 @@ def sensitivity(task: TaskConfig) -> frozenset[str]:
     return SENSITIVE_COLUMNS.get(task.column, EFFECTS)
 
 
-def sample_key(seed: int, phase: str, epoch: int, row: int) -> int:
-    """128 bits that depend on these four alone, the same on every machine and in every process."""
-    return int.from_bytes(blake2b(f"sample/{seed}/{phase}/{epoch}/{row}".encode(), digest_size=16).digest(), "little")
+def sample_key(seed: int, phase: str, epoch: int, row: int, purpose: str = "sample") -> int:
+    """128 bits that depend on these five alone, the same on every machine and in every process."""
+    text = f"{purpose}/{seed}/{phase}/{epoch}/{row}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def _harmed(content: np.ndarray, harm: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+    return content if harm is None else harm(content)
 
 
 class Augment:
@@ -105,13 +110,20 @@ class Augment:
         """The effects that a sample with labels for the tasks `present` must not see."""
         return frozenset().union(*(self.sensitive[task] for task in present))
 
-    def __call__(self, picture: np.ndarray, present: Collection[str], key: int) -> np.ndarray:
+    def __call__(
+        self,
+        picture: np.ndarray,
+        present: Collection[str],
+        key: int,
+        harm: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
         """One sample's pixels; the same for the same arguments, whatever was called before.
 
         Args:
             picture: uint8 (height, width, 3), RGB; `shrink`ed to the square or not, the result is the same.
             present: the tasks that the sample has a label for.
             key: from `sample_key`; without effect unless training.
+            harm: What is done to the picture, once it has the size that it is seen at, before anything else.
 
         Returns:
             uint8 (image_size, image_size, 3).
@@ -119,7 +131,7 @@ class Augment:
         picture = shrink(picture, self.image_size)
         if not self.train:
             height, width = fitted(picture, self.image_size, 1.0, 0.0)
-            content = resize(picture, width, height)
+            content = _harmed(resize(picture, width, height), harm)
             return self._place(content, (self.image_size - width) // 2, (self.image_size - height) // 2)
         forbidden = self.forbidden(present)
         draw = random.Random(key)
@@ -130,7 +142,7 @@ class Augment:
         height, width = fitted(picture, self.image_size, scale, angle)
         pipeline = self._pipeline(forbidden)
         pipeline.set_random_state(np.random.default_rng(key), draw)
-        content = pipeline(image=resize(picture, width, height))["image"]
+        content = pipeline(image=_harmed(resize(picture, width, height), harm))["image"]
         if angle:
             return self._turn(content, angle, draw)
         return self._place(content, draw.randint(0, self.image_size - width), draw.randint(0, self.image_size - height))

@@ -1,4 +1,4 @@
-"""Samples as batches: decode, augment, label, in loader processes that only ever see `(epoch, row)` keys."""
+"""Samples as batches: decode, augment, label, in loader processes that only ever see `(turn, row)` keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import RawArray
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
+from hybrid_dist.data.degrade import Degrade
+from hybrid_dist.data.mix import Draw, Mixing
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
@@ -32,6 +34,18 @@ MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
+class Mix:
+    """What a batch's samples are mixed with.
+
+    shares: float32 (m,), in 0–1: the own picture's; 1 where a sample is not mixed.
+    labels: per task (m,), the partners', as in `Batch`: none where a sample is not mixed.
+    """
+
+    shares: torch.Tensor
+    labels: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro batch of `m` places.
 
@@ -39,7 +53,9 @@ class Batch:
     labels: per task (m,): int64 with -1 for none, or float32 with NaN for none; padding has none.
     rows: int64 (m,), row of the CSV, -1 for padding.
     digests: int64 (m,), a hash of each picture's augmented pixels, 0 where there is none; None unless asked for.
-    bad: why the pictures of these rows can't be used: they are plain background, and without labels.
+    bad: why the pictures of these rows can't be used. A sample's own: it is plain background, and without labels. The
+        one that a sample was to be mixed with: it is not mixed.
+    mix: None unless samples are mixed at all.
     """
 
     images: torch.Tensor
@@ -47,21 +63,36 @@ class Batch:
     rows: torch.Tensor
     digests: torch.Tensor | None = None
     bad: dict[int, str] = field(default_factory=dict)
+    mix: Mix | None = None
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the loader calls it where it was told to pin."""
+        mix = self.mix
         return replace(
             self,
             images=self.images.pin_memory(),
-            labels={task: values.pin_memory() for task, values in self.labels.items()},
+            labels=_pinned(self.labels),
             rows=self.rows.pin_memory(),
+            mix=None if mix is None else Mix(mix.shares.pin_memory(), _pinned(mix.labels)),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through the worker queue a tensor goes as a shared memory file with a descriptor: only pixels are worth that.
-        labels = {task: values.numpy() for task, values in self.labels.items()}
         digests = None if self.digests is None else self.digests.numpy()
-        return _rebuild, (self.images, labels, self.rows.numpy(), digests, self.bad)
+        mix = None if self.mix is None else (self.mix.shares.numpy(), _arrays(self.mix.labels))
+        return _rebuild, (self.images, _arrays(self.labels), self.rows.numpy(), digests, self.bad, mix)
+
+
+def _pinned(labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {task: values.pin_memory() for task, values in labels.items()}
+
+
+def _arrays(labels: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {task: values.numpy() for task, values in labels.items()}
+
+
+def _tensors(labels: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {task: torch.from_numpy(values) for task, values in labels.items()}
 
 
 def _rebuild(
@@ -70,9 +101,16 @@ def _rebuild(
     rows: np.ndarray,
     digests: np.ndarray | None,
     bad: dict[int, str],
+    mix: tuple[np.ndarray, dict[str, np.ndarray]] | None,
 ) -> Batch:
-    tensors = {task: torch.from_numpy(values) for task, values in labels.items()}
-    return Batch(images, tensors, torch.from_numpy(rows), None if digests is None else torch.from_numpy(digests), bad)
+    return Batch(
+        images,
+        _tensors(labels),
+        torch.from_numpy(rows),
+        None if digests is None else torch.from_numpy(digests),
+        bad,
+        None if mix is None else Mix(torch.from_numpy(mix[0]), _tensors(mix[1])),
+    )
 
 
 class Whereabouts:
@@ -102,7 +140,7 @@ class Whereabouts:
 
 
 class Samples(Dataset[Batch]):
-    """A split's samples. Indexed with a list of keys `(epoch, row)`, it returns a whole `Batch`."""
+    """A split's samples. Indexed with a list of keys `(turn, row)`, it returns a whole `Batch`."""
 
     def __init__(
         self,
@@ -112,6 +150,8 @@ class Samples(Dataset[Batch]):
         phase: str,
         digest: bool = False,
         packed: Packed | None = None,
+        mixing: Mixing | None = None,
+        degrade: Degrade | None = None,
     ) -> None:
         self.table = table
         self.packed = packed
@@ -119,6 +159,8 @@ class Samples(Dataset[Batch]):
         self.seed = seed
         self.phase = phase
         self.digest = digest
+        self.mixing = mixing
+        self.degrade = degrade
         self.whereabouts = Whereabouts(0)
 
     def __len__(self) -> int:
@@ -131,11 +173,13 @@ class Samples(Dataset[Batch]):
         """Decode, augment and label the samples of `keys`; row -1 is padding."""
         size = self.augment.image_size
         rows = np.array([row for _, row in keys], np.int64)
-        labels, present = self._labels(rows)
+        labels = self._labels(rows)
+        partners = self._labels(np.full_like(rows, PADDING)) if self.mixing is not None else {}
+        shares = np.ones(len(keys), np.float32)
         images = np.zeros((len(keys), size, size, 3), np.uint8)
         digests = np.zeros(len(keys), np.int64)
         bad: dict[int, str] = {}
-        for place, (epoch, row) in enumerate(keys):
+        for place, (turn, row) in enumerate(keys):
             if row == PADDING:
                 continue
             self.whereabouts.set(row)
@@ -144,21 +188,63 @@ class Samples(Dataset[Batch]):
             except PictureError as error:
                 bad[row] = error.reason
                 images[place] = BACKGROUND
-                for values in labels.values():
-                    values[place] = _none(values)
+                _Labels(labels, place).keep(())
                 continue
-            key = sample_key(self.seed, self.phase, epoch, row) if self.augment.train else 0
-            images[place] = self.augment(picture, present[place], key)
+            own, other = _Labels(labels, place), _Labels(partners, place)
+            images[place], shares[place] = self._sample(picture, (turn, row), own, other, bad)
             if self.digest:
                 digests[place] = pixel_digest(images[place])
         self.whereabouts.set(PADDING)
         return Batch(
             torch.from_numpy(images).permute(0, 3, 1, 2),  # (m, S, S, 3) → (m, 3, S, S), a view
-            {task: torch.from_numpy(values) for task, values in labels.items()},
+            _tensors(labels),
             torch.from_numpy(rows),
             torch.from_numpy(digests) if self.digest else None,
             bad,
+            Mix(torch.from_numpy(shares), _tensors(partners)) if self.mixing is not None else None,
         )
+
+    def _sample(
+        self, picture: np.ndarray, key: Key, own: _Labels, other: _Labels, bad: dict[int, str]
+    ) -> tuple[np.ndarray, float]:
+        """A sample's pixels, and its own picture's share in them; sees to its labels, its partner's and bad partners.
+
+        The labels that a mixed sample goes without no longer forbid its augmentation anything.
+        """
+        turn, row = key
+        found = self._partner(turn, row, bad)
+        if found is not None:
+            kept = found.mixing.kept[found.draw.kind]
+            own.keep(kept)
+            other.take({task: column[found.draw.partner] for task, column in self.table.labels.items() if task in kept})
+        harm = None
+        if found is None and self.degrade is not None:
+            harm = self.degrade.draw(own.values(), self._key(turn, row, "degrade"))
+            if harm is not None:
+                own.take(harm.labels)
+                own.keep(own.arrays.keys() - harm.lost)
+        pixels = self.augment(picture, own.present(), self._key(turn, row, "sample"), harm)
+        if found is None:
+            return pixels, 1.0
+        augmented = self.augment(found.picture, other.present(), found.draw.key)
+        return found.mixing.mix(found.draw, pixels, augmented)
+
+    def _partner(self, turn: int, row: int, bad: dict[int, str]) -> _Partner | None:
+        """What a sample is mixed with; None for nothing, or for a picture that can't be used."""
+        if self.mixing is None:
+            return None
+        draw = self.mixing.draw(row, self._key(turn, row, "mix"))
+        if draw is None:
+            return None
+        self.whereabouts.set(draw.partner)
+        try:
+            return _Partner(self.mixing, draw, self.picture(draw.partner))
+        except PictureError as error:
+            bad[draw.partner] = error.reason
+            return None
+
+    def _key(self, turn: int, row: int, purpose: str) -> int:
+        return sample_key(self.seed, self.phase, turn, row, purpose)
 
     def picture(self, row: int) -> np.ndarray:
         """The row's picture, no smaller than the augmentation needs it: uint8 (height, width, 3), RGB."""
@@ -166,16 +252,48 @@ class Samples(Dataset[Batch]):
             return self.packed.picture(row)
         return read_picture(self.table.images / self.table.filename(row), self.augment.image_size)
 
-    def _labels(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], list[list[str]]]:
-        """Labels of `rows`, and for each of them the tasks that it has a label for."""
-        labels: dict[str, np.ndarray] = {}
-        present: list[list[str]] = [[] for _ in rows]
-        for task, column in self.table.labels.items():
-            values = np.where(rows == PADDING, _none(column), column[rows]).astype(column.dtype)
-            labels[task] = values
-            for place in np.flatnonzero(values == values if column.dtype.kind == "f" else values >= 0):
-                present[place].append(task)
-        return labels, present
+    def _labels(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            task: np.where(rows == PADDING, _none(column), column[rows]).astype(column.dtype)
+            for task, column in self.table.labels.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Partner:
+    """The picture that a sample is mixed with."""
+
+    mixing: Mixing
+    draw: Draw
+    picture: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """One sample's labels, in place: arrays by task, and the sample's place in them."""
+
+    arrays: dict[str, np.ndarray]
+    place: int
+
+    def present(self) -> list[str]:
+        """The tasks that it has a label for."""
+        values = ((task, array, array[self.place]) for task, array in self.arrays.items())
+        return [task for task, array, value in values if (value == value if array.dtype.kind == "f" else value >= 0)]
+
+    def values(self) -> dict[str, float]:
+        """Those that it has."""
+        return {task: self.arrays[task][self.place].item() for task in self.present()}
+
+    def keep(self, tasks: Collection[str]) -> None:
+        """Go without those of other tasks."""
+        for task, array in self.arrays.items():
+            if task not in tasks:
+                array[self.place] = _none(array)
+
+    def take(self, values: Mapping[str, Any]) -> None:
+        """Have these."""
+        for task, value in values.items():
+            self.arrays[task][self.place] = value
 
 
 def _none(labels: np.ndarray) -> float:

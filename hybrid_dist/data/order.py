@@ -1,6 +1,7 @@
 """Which sample when. Pure functions of (seed, phase, epoch): ranks, workers and micro batches only share the order out.
 
-An epoch is one permutation, cut into global batches; the last one is short: nothing is dropped or seen twice. Within a
+An epoch is one permutation, cut into global batches; the last one is short: nothing is dropped or seen twice. With a
+`Balance` it is one of the rows that the balance draws, of which some come twice and others not at all. Within a
 global batch, micro step `k` of rank `r` of `W` takes positions `[(k * W + r) * m, … + m)`, for micro batches of `m`.
 Positions past the batch's end are padding, row -1, so that every rank takes the same number of micro steps.
 """
@@ -9,28 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 
+from hybrid_dist.data.balance import Balance
+from hybrid_dist.data.shuffle import shuffled
 from hybrid_dist.errors import UserError
 
 PADDING = -1
 """The row of a place in a micro batch that no sample fills."""
 
 Key = tuple[int, int]
-"""(epoch, row): all that a loader process has to be told about a sample."""
+"""(turn, row): all that a loader process has to be told about a sample. How often the row has come in the phase before:
+the epoch, unless there is a `Balance`."""
 
 
 def epoch_order(length: int, seed: int, phase: str, epoch: int) -> np.ndarray:
     """The epoch's permutation of the rows: int64, shape (length,)."""
-    digest = blake2b(f"order/{seed}/{phase}/{epoch}".encode(), digest_size=16).digest()
-    # Sorting raw bits, for NumPy promises the bit streams across versions, but not what `permutation` makes of them.
-    # The row in the low bits breaks ties, and is what remains: sorting values is ten times as fast as `argsort`.
-    bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(length)
-    low = np.uint64(length.bit_length())
-    keys = np.sort((bits << low) | np.arange(length, dtype=np.uint64))
-    return (keys & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)
+    return shuffled(length, f"order/{seed}/{phase}/{epoch}")
 
 
 def steps_per_epoch(length: int, global_batch: int) -> int:
@@ -83,7 +80,7 @@ def _listed(values: list[int]) -> str:
 class TrainSampler:
     """One rank's micro batches for the phase's optimizer steps `[start_step, end_step)`, counted over epochs.
 
-    Iterating yields lists of `micro_batch` keys `(epoch, row)`; starting late costs one permutation.
+    Iterating yields lists of `micro_batch` keys `(turn, row)`; starting late costs one permutation.
 
     Raises:
         UserError: the global batch doesn't divide, or there are more processes than samples.
@@ -98,6 +95,7 @@ class TrainSampler:
     phase: str
     start_step: int
     end_step: int
+    balance: Balance | None = None
 
     def __post_init__(self) -> None:
         check_divides(self.global_batch, self.micro_batch, self.world_size)
@@ -113,15 +111,24 @@ class TrainSampler:
 
     def __iter__(self) -> Iterator[list[Key]]:
         per_epoch = steps_per_epoch(self.length, self.global_batch)
-        order, order_of = np.empty(0, np.int64), -1
+        turns, rows, order_of = np.empty(0, np.int64), np.empty(0, np.int64), -1
         for step in range(self.start_step, self.end_step):
             epoch, within = divmod(step, per_epoch)
             if epoch != order_of:
-                order, order_of = epoch_order(self.length, self.seed, self.phase, epoch), epoch
-            rows = order[within * self.global_batch : (within + 1) * self.global_batch]
+                turns, rows, order_of = *self._epoch(epoch), epoch
+            chosen = slice(within * self.global_batch, (within + 1) * self.global_batch)
+            keys = list(zip(turns[chosen].tolist(), rows[chosen].tolist(), strict=True))
             for micro_step in range(self.accumulation):
                 first = (micro_step * self.world_size + self.rank) * self.micro_batch
-                yield _padded(rows[first : first + self.micro_batch].tolist(), epoch, self.micro_batch)
+                yield _padded(keys[first : first + self.micro_batch], epoch, self.micro_batch)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Turns and rows in the epoch's order: int64 (length,) each."""
+        order = epoch_order(self.length, self.seed, self.phase, epoch)
+        if self.balance is None:
+            return np.broadcast_to(np.int64(epoch), order.shape), order
+        turns, rows = self.balance.epoch(self.seed, self.phase, epoch)
+        return turns[order], rows[order]
 
     @property
     def accumulation(self) -> int:
@@ -151,8 +158,9 @@ class ValSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         for batch in range(len(self)):
             first = (batch * self.world_size + self.rank) * self.micro_batch
-            yield _padded(list(range(self.length)[first : first + self.micro_batch]), 0, self.micro_batch)
+            rows = range(self.length)[first : first + self.micro_batch]
+            yield _padded([(0, row) for row in rows], 0, self.micro_batch)
 
 
-def _padded(rows: list[int], epoch: int, micro_batch: int) -> list[Key]:
-    return [(epoch, row) for row in rows] + [(epoch, PADDING)] * (micro_batch - len(rows))
+def _padded(keys: list[Key], epoch: int, micro_batch: int) -> list[Key]:
+    return keys + [(epoch, PADDING)] * (micro_batch - len(keys))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,14 @@ class _Part:
 def pack_splits(
     config: DataConfig,
     tasks: Mapping[str, TaskConfig],
+    sizes: Sequence[int],
     say: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> list[Packing]:
-    """Bring the packed copies of both splits up to date; a CSV that both name is packed once.
+    """Bring the packed copies of both splits up to date, one for each size; a CSV that both name is packed once.
 
     Args:
+        sizes: Sides in pixels of the squares that the model sees.
         say: Told of a lock that can't be had.
         progress: Told how many pictures are done, and of how many.
 
@@ -94,7 +96,7 @@ def pack_splits(
         splits = splits[:1]
     for _, source in splits:
         source.check()
-    total, done = sum(len(table) for table, _ in splits), 0
+    total, done = len(sizes) * sum(len(table) for table, _ in splits), 0
 
     def tick(more: int) -> None:
         nonlocal done
@@ -102,7 +104,7 @@ def pack_splits(
         progress(done, total)
 
     workers = config.workers if config.workers != "auto" else cores()
-    return [pack(table, source, config.image_size, max(workers, 1), say, tick) for table, source in splits]
+    return [pack(table, source, size, max(workers, 1), say, tick) for size in sizes for table, source in splits]
 
 
 def pack(

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from hybrid_dist.distributed.average import Average
+from hybrid_dist.distributed.launch import Topology
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 @dataclass(frozen=True)
 class Piece:
     """A run of elements of one parameter that this rank writes into a checkpoint.
 
-    `values` maps a kind (`weight`, `exp_avg`, `exp_avg_sq`) to a flat fp32 tensor of the run, a view where possible.
+    `values` maps a kind (`weight`, `exp_avg`, `exp_avg_sq`, `ema`) to a flat fp32 tensor of the run, a view where
+    possible.
     `step` counts the optimizer's updates of the parameter; None where it has no optimizer state.
     """
 
@@ -55,8 +62,11 @@ class OptimizerSlice:
 class Engine(ABC):
     """A model in training on some topology."""
 
+    topology: Topology
     model: nn.Module
     """The bare model. Under ZeRO 3 its parameters are partitioned: for names, modes and eval, not for values."""
+    average: Average | None = None
+    """Of the weights that this rank updates, once `keep_average` has been called."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -73,6 +83,19 @@ class Engine(ABC):
     def step(self) -> None:
         """Clip, update, and clear the gradients."""
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor on the device, in place; no host waits for it."""
+        if self.topology.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    @abstractmethod
+    def left_out(self) -> Tensor:
+        """(), fp32 on the device: 1 where the last step's gradients were no numbers and so no weight has changed.
+
+        0 under fp16, whose scaler leaves steps out as a matter of course.
+        """
+
     @abstractmethod
     def grad_norm(self) -> float:
         """Global norm of the last step's gradients before clipping. Waits for the device."""
@@ -83,7 +106,7 @@ class Engine(ABC):
 
     @abstractmethod
     def set_lr(self, lr: float) -> None:
-        """The rate of the next step."""
+        """The rate of the next step: of the groups whose `lr_scale` is 1, and of the others that much less."""
 
     @property
     @abstractmethod
@@ -110,6 +133,42 @@ class Engine(ABC):
     def close(self) -> None:
         """Give the memory back."""
 
+    @abstractmethod
+    def _spread(self) -> None:
+        """Bring the weights that the optimizer updates, changed by now, to the model; all ranks together."""
+
+    def keep_average(self) -> None:
+        """Begin a running mean of the trainable weights at their present values."""
+        self.average = Average(part.key for part in self.slices())
+
+    def update_ema(self, decay: float) -> None:
+        """Take the weights as they are after a step into their mean, if one is kept; as `Average.update`."""
+        if self.average is not None:
+            self.average.update(decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In here the model's trainable weights are their means, if those are kept; afterwards they are what they were.
+
+        All ranks enter and leave together. An exception leaves the means where they are: the other ranks, which it
+        takes to bring the weights back, may not have met it.
+        """
+        if self.average is None:
+            yield
+            return
+        self.average.exchange()
+        self._spread()
+        yield
+        self.average.exchange()
+        self._spread()
+
+    def load_average(self, read: Any) -> None:
+        """Fill the mean from a checkpoint, if one is kept; `read` as in `load_optimizer`."""
+        for part in self.slices():
+            mean = self.average.of(part.key) if self.average is not None else None
+            if mean is not None:
+                part.fill(mean, read(part.name, EMA, part.start, part.numel))
+
     def load_optimizer(self, read: Any) -> None:
         """Fill the optimizer's state from a checkpoint.
 
@@ -128,18 +187,30 @@ class Engine(ABC):
 
     def _fresh_state(self, key: Tensor, step: int) -> dict[str, Any]:
         """AdamW's state of `key` after `step` updates, its moments zero."""
-        return {"step": torch.tensor(float(step)), **{kind: torch.zeros_like(key) for kind in MOMENTS}}
+        # Fused, it counts on the device.
+        return {
+            "step": torch.tensor(float(step), device=key.device),
+            **{kind: torch.zeros_like(key) for kind in MOMENTS},
+        }
 
     def _piece(self, part: OptimizerSlice) -> Piece:
-        """A trainable run with its weight and, once there is one, its optimizer state."""
+        """A run with its weight, its mean if one is kept and, once there is one, its optimizer state."""
         values = {"weight": part.view(part.key)}
         state = self.optimizer.state.get(part.key) or {}
         if state:
             values.update({kind: part.view(state[kind]) for kind in MOMENTS})
+        mean = self.average.of(part.key) if self.average is not None else None
+        if mean is not None:
+            values[EMA] = part.view(mean)
         return Piece(part.name, part.start, values, int(state["step"]) if state else None)
 
 
+def not_finite(norm: Tensor) -> Tensor:
+    """(), fp32: 1 where a norm is no number, else 0; a fused optimizer's `found_inf`."""
+    return (~torch.isfinite(norm)).float()
+
+
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group, in proportion to its `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from hybrid_dist.distributed.control import Control
+from hybrid_dist.distributed.determinism import choose_algorithms
 from hybrid_dist.distributed.meeting import choose_interface, connecting, meet
 from hybrid_dist.errors import UserError
 
@@ -74,18 +75,25 @@ def join() -> Place:
     return Place(control.rank, control.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, control)
 
 
-def start(precision: str, stall_timeout: float | None, same: Mapping[str, Any] | None = None) -> Topology:
+def start(
+    precision: str,
+    stall_timeout: float | None,
+    same: Mapping[str, Any] | None = None,
+    deterministic: bool = False,
+) -> Topology:
     """Join the other processes, if there are any, and choose the device.
 
     Args:
         precision: `fp32`, `bf16` or `fp16`, as in `train.precision`.
         stall_timeout: Seconds, as in `train.stall_timeout`.
         same: What all ranks must have been started with, by name.
+        deterministic: As in `train.deterministic`.
 
     Raises:
         UserError: the device can't do the precision; there are fewer GPUs than processes; not all ranks have come, or
             they differ in their versions, launch file or `same`; the launch file contradicts itself.
     """
+    choose_algorithms(deterministic)
     has_cuda = _has_cuda()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _meet(has_cuda, _problem(precision, has_cuda), same or {})

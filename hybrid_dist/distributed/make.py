@@ -19,12 +19,22 @@ def make_engine(
 ) -> Engine:
     """Put `model` with AdamW over `groups` (as `param_groups` gives them) on the topology.
 
-    The model's weights have to be right by now: ZeRO takes its fp32 master copies from them.
+    The model's weights have to be right by now: ZeRO takes its fp32 master copies from them, and their mean, if
+    `train.ema` asks for one, begins there.
     """
+    engine = _make(topology, model, groups, train, accumulation)
+    if train.ema is not None:
+        engine.keep_average()
+    return engine
+
+
+def _make(
+    topology: Topology, model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, accumulation: int
+) -> Engine:
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.to(topology.device)
-        return PlainEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
+        return PlainEngine(topology, model, _adamw(groups, options), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
     config = configure(topology, model, train, accumulation)
@@ -32,4 +42,9 @@ def make_engine(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
-    return ZeroEngine(topology, model, torch.optim.AdamW(groups, **options), train.clip_norm)
+    return ZeroEngine(topology, model, _adamw(groups, options), train.clip_norm)
+
+
+def _adamw(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.AdamW:
+    """Fused: one pass over memory instead of several, and a step that can be left out on the device."""
+    return torch.optim.AdamW(groups, fused=True, **options)

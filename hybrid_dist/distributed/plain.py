@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, not_finite, set_rate
 from hybrid_dist.distributed.launch import Topology
 
 
@@ -48,8 +48,17 @@ class PlainEngine(Engine):
 
     def step(self) -> None:
         self.norm = self.accelerator.clip_grad_norm_(self.trainable, self.clip_norm)
+        if self.accelerator.scaler is None:
+            assert self.norm is not None
+            # A fused step looks at this on the device, as it does for a scaler, and changes nothing where it is set.
+            self.optimizer.found_inf = not_finite(self.norm)  # type: ignore[attr-defined]
         self.prepared.step()
         self.prepared.zero_grad()
+
+    def left_out(self) -> Tensor:
+        if self.accelerator.scaler is not None or self.norm is None:
+            return torch.zeros((), device=self.topology.device)
+        return not_finite(self.norm)
 
     def grad_norm(self) -> float:
         return float(self.norm) if self.norm is not None else 0.0
@@ -75,6 +84,9 @@ class PlainEngine(Engine):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _spread(self) -> None:
+        """Nothing: they are the model's own, on every rank."""
 
     def close(self) -> None:
         self.trainable = []

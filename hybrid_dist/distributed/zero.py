@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_dist.config import TrainConfig
-from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, set_rate
+from hybrid_dist.distributed.engine import Engine, OptimizerSlice, Piece, not_finite, set_rate
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.tuning import fill_in, tuned
 
@@ -98,6 +98,17 @@ class ZeroEngine(Engine):
         """Before a stage 0 optimizer's step: gradients are reduced and unscaled by now."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.norm = nn.utils.clip_grad_norm_(trainable, self.clip_norm)
+        if self._scaler() is None:
+            self.optimizer.found_inf = not_finite(self.norm)  # type: ignore[attr-defined]
+
+    def left_out(self) -> Tensor:
+        if self._scaler() is not None:
+            return torch.zeros((), device=self.topology.device)
+        if self.stage == 0:
+            assert self.norm is not None
+            return not_finite(self.norm)
+        # DeepSpeed has looked, and left the step out if so, on all ranks. Filled on the device: nothing is copied.
+        return torch.full((), float(self.zero.overflow), device=self.topology.device)
 
     def grad_norm(self) -> float:
         norm = self.norm if self.stage == 0 else self.engine.get_global_grad_norm()
@@ -175,6 +186,18 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             return self.engine.torch_autocast_z0_gradscaler
         return getattr(self.zero, "torch_autocast_gradscaler", None)
+
+    def _spread(self) -> None:
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            # As DeepSpeed does after a step. What is gathered, above all the small ones that stay so, is stale.
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self.zero.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
 
     def close(self) -> None:
         # Destroys DeepSpeed's engine, hooks and buffers with it.

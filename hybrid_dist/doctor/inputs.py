@@ -25,7 +25,8 @@ def data_lines(config: Config) -> Iterator[Line]:
     for split, table, images in (("train", train, data.train_images), ("val", val, data.val_images)):
         said: list[str] = []
         try:
-            packed = choose_packed(data.packed, table, Source(images), data.image_size, said.append)
+            found = [choose_packed(data.packed, table, Source(images), size, said.append) for size in config.sizes]
+            packed = None not in found
             missing = None if packed else check_pictures(table, data.max_bad)
         except UserError as error:
             yield fail(f"data, {split}", str(error), "hybrid-dist check-data tells everything that is wrong")
@@ -62,5 +63,5 @@ def parameters_of(config: Config) -> int:
 
     classes = {name: 100 for name, task in config.tasks.items() if task.kind == "classification"}
     with torch.device("meta"):
-        model = build_model(config.model, config.tasks, classes, config.data.image_size, 0, load=False)
+        model = build_model(config.model, config.tasks, classes, max(config.sizes), 0, load=False)
     return sum(parameter.numel() for parameter in model.parameters())

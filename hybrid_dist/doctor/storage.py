@@ -13,6 +13,8 @@ from hybrid_dist.doctor.line import Line, fail, ok, warn
 
 BYTES_A_PARAMETER = 12
 """Of a checkpoint: weight and two moments, fp32."""
+BYTES_A_MEAN = 4
+"""More with `train.ema`."""
 PROBE_BYTES = 128 << 20
 SKEW = 2.0
 """Seconds: within them file times and log lines of several machines still tell what came first."""
@@ -21,7 +23,7 @@ SKEW = 2.0
 def storage_lines(config: Config, parameters: int) -> Iterator[Line]:
     """What a run of that many parameters finds at its folder."""
     place = next(path for path in (config.folder, *config.folder.absolute().parents) if path.is_dir())
-    size = parameters * BYTES_A_PARAMETER
+    size = parameters * (BYTES_A_PARAMETER + (BYTES_A_MEAN if config.train.ema is not None else 0))
     # Those that stay, the one being written before one may go, and per phase and at the end the weights alone.
     needed = size * (config.checkpoint.keep + 1) + parameters * 4 * (len(config.phases) + 1)
     free = shutil.disk_usage(place).free

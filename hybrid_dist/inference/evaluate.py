@@ -184,7 +184,7 @@ def _batches(
 ) -> Iterable[Batch]:
     data, source = config.data, Source(config.data.val_images)
     # A copy holds the same pictures to the bit: it does not matter which of the ranks has one.
-    packed = choose_packed(data.packed, table, source, data.image_size, say)
+    packed = choose_packed(data.packed, table, source, opened.image_size, say)
     if packed is None:
         missing = check_pictures(table, data.max_bad)
         if missing is not None:

@@ -90,7 +90,7 @@ def _describe(found: FoundModel, form: str, facts: Facts) -> dict[str, Any]:
     for part in ("cnn", "transformer"):
         branch: BranchConfig | None = getattr(architecture, part)
         if branch is not None:
-            kwargs = sized_kwargs(branch, architecture.image_size)
+            kwargs = sized_kwargs(part, branch, architecture.image_size)
             kept = {name: value for name, value in kwargs.items() if name not in _ELSEWHERE}
             values["architecture"][part] = {"name": branch.name, "kwargs": kept}
     del values["architecture"]["allow_scratch"]

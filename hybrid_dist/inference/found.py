@@ -77,6 +77,9 @@ def _in_run(run: Path) -> FoundModel:
         weights = find_best(run, phase.name, step)
         source = run / DESCRIPTION
         values = {**read_json(source), **_of_best(run, phase.name)}
+        architecture = values.get("architecture")
+        if isinstance(architecture, dict):  # what is wrong with another one is said below
+            architecture["image_size"] = config.size(phase)
         note = f"{run} is not finished: this is the best so far of its phase {phase.name}, of step {step}"
         return FoundModel(run, weights, source, parse_description(values, str(source)), config, note)
     raise UserError(f"{run} has no model yet: it has not come to the end of an epoch")

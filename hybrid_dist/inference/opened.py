@@ -17,7 +17,7 @@ from hybrid_dist.data.order import ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.errors import UserError
 from hybrid_dist.inference.found import FoundModel
-from hybrid_dist.model.hybrid import Hybrid, build_model
+from hybrid_dist.model.hybrid import BALANCE_PREFIX, Hybrid, build_model
 from hybrid_dist.training.description import Description
 from hybrid_dist.training.tasks import make_tasks
 
@@ -127,7 +127,7 @@ def build(found: FoundModel) -> Hybrid:
             plan = _build(description)
         _check_fits(found, plan)
         model = _build(description)
-        model.load_state_dict(load_file(found.weights))
+        model.load_state_dict({name: value for name, value in load_file(found.weights).items() if _is_wanted(name)})
     except UserError as error:
         raise UserError(f"{found.source}: {error}") from None
     except (OSError, SafetensorError) as error:
@@ -144,10 +144,14 @@ def _build(description: Description) -> Hybrid:
     return build_model(architecture, description.tasks, classes, architecture.image_size, seed=0, load=False)
 
 
+def _is_wanted(name: str) -> bool:
+    return not name.startswith(BALANCE_PREFIX)
+
+
 def _check_fits(found: FoundModel, plan: Hybrid) -> None:
     expected = {name: tuple(value.shape) for name, value in plan.state_dict().items()}
     with safe_open(found.weights, framework="pt") as tensors:
-        held = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        held = {name: tuple(tensors.get_slice(name).get_shape()) for name in filter(_is_wanted, tensors.keys())}
     wrong = [name for name in {**expected, **held} if expected.get(name) != held.get(name)]
     if wrong:
         each = [f"{name} is {held.get(name, 'none')} there, {expected.get(name, 'none')} here" for name in wrong]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, split_model_name_tag
+from timm.models import get_pretrained_cfg, group_parameters, split_model_name_tag
 from torch import Tensor, nn
 
 from hybrid_dist.config import BranchConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.weights import resolve_cfg
+from hybrid_dist.model.windows import Stages, as_kwarg, fit_windows, is_windowed
 
 # What would go round the weights policy or take away what a branch gives.
 RESERVED_KWARGS = {
@@ -103,6 +105,17 @@ class Backbone(nn.Module):
         listed: set[str] = getattr(self.net, "no_weight_decay", set)()
         return {f"net.{name}" for name in listed}
 
+    def layers(self) -> dict[str, int]:
+        """Which layer each parameter, as named in this module, belongs to: timm's own grouping, from 0 at the pictures.
+
+        Raises:
+            UserError: timm doesn't know this backbone's layers.
+        """
+        if not hasattr(self.net, "group_matcher"):
+            raise UserError(f"timm doesn't know the layers of {type(self.net).__name__}; null would do")
+        found = group_parameters(self.net, self.net.group_matcher(coarse=False), reverse=True)
+        return {f"net.{name}": layer for name, layer in found.items()}
+
 
 def extract(net: Any, images: Tensor) -> Features:
     """Run a timm model up to its classifier: float (B, 3, H, W), normalised → pooled (B, C) and tokens (B, N, D)."""
@@ -155,11 +168,35 @@ def pretrained_licence(config: BranchConfig) -> str | None:
     return licence
 
 
-def sized_kwargs(config: BranchConfig, image_size: int) -> dict[str, Any]:
-    """The kwargs with the picture's size, where the model takes one."""
-    if resolve_cfg(config).fixed_input_size:  # timm's sign that it does
-        return {"img_size": image_size, **config.kwargs}
-    return dict(config.kwargs)
+def sized_kwargs(part: str, config: BranchConfig, image_size: int) -> dict[str, Any]:
+    """The kwargs with the picture's size, where the model takes one, and a Swin's windows, where its own don't fit it.
+
+    Raises:
+        UserError: timm refuses the kwargs, or the backbone can't take pictures of this size.
+    """
+    if not resolve_cfg(config).fixed_input_size:  # timm's sign that it does not
+        return dict(config.kwargs)
+    kwargs = {"img_size": image_size, **config.kwargs}
+    if not is_windowed(config.name) or not isinstance(kwargs["img_size"], int):
+        return kwargs
+    stages = _stages(part, config.model_dump_json())
+    # Windows that the config names are for no size in particular.
+    scale = 1.0 if "window_size" in config.kwargs else kwargs["img_size"] / resolve_cfg(config).input_size[-1]
+    try:
+        windows = fit_windows(stages, kwargs["img_size"], scale)
+    except UserError as error:
+        raise UserError(
+            f"model.{part}: {config.name} can't take pictures of {kwargs['img_size']} pixels: {error}"
+        ) from None
+    return kwargs if windows == stages.windows else {**kwargs, "window_size": as_kwarg(windows)}
+
+
+@lru_cache(maxsize=64)
+def _stages(part: str, config_json: str) -> Stages:
+    """Kept: each build of a Swin asks several times."""
+    config = BranchConfig.model_validate_json(config_json)
+    with torch.device("meta"):
+        return Stages.of(_timm(part, config.name, {**config.kwargs, "always_partition": True}))
 
 
 def _create(part: str, config: BranchConfig, image_size: int) -> Any:
@@ -170,13 +207,17 @@ def _create(part: str, config: BranchConfig, image_size: int) -> Any:
             raise UserError(f"model.{part}.kwargs.{name}: not to be set here; {RESERVED_KWARGS[name]}")
     if config.kwargs.get("in_chans", 3) != 3:
         raise UserError(f"model.{part}.kwargs.in_chans: pictures have 3 channels, got {config.kwargs['in_chans']}")
-    kwargs = {name: _tuples(value) for name, value in sized_kwargs(config, image_size).items()}
+    return _timm(part, config.name, sized_kwargs(part, config, image_size))
+
+
+def _timm(part: str, name: str, kwargs: dict[str, Any]) -> Any:
+    kwargs = {key: _tuples(value) for key, value in kwargs.items()}
     try:
-        return timm.create_model(config.name, pretrained=False, num_classes=0, **kwargs)
+        return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     except Exception as error:  # what timm and its layers raise for a bad argument has no common class
         raise UserError(
-            f"model.{part}: timm can't build {config.name} with "
-            f"{', '.join(f'{name}={value!r}' for name, value in kwargs.items()) or 'its defaults'}: "
+            f"model.{part}: timm can't build {name} with "
+            f"{', '.join(f'{key}={value!r}' for key, value in kwargs.items()) or 'its defaults'}: "
             f"{_reason(error)}; look at model.{part}.kwargs and data.image_size"
         ) from error
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HIDDEN = 64
+BALANCE = "/balance"
+"""Among a model's outputs in training, beside its tasks: what `Balance` gives. No task is called so."""
 
 
 class Head(nn.Module):
@@ -41,6 +43,18 @@ def register(kind: str) -> Callable[[AnyHead], AnyHead]:
         return cls
 
     return add
+
+
+class Balance(nn.Module):
+    """The logarithms of the tasks' variances, from which their weights in the loss follow: learned with the heads."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(tasks))
+
+    def forward(self) -> Tensor:
+        """(tasks,) fp32, in the config's order."""
+        return self.log_variance + 0.0  # ZeRO 3 takes the parameter itself away again
 
 
 class Linear32(nn.Linear):

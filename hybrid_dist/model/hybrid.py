@@ -10,16 +10,18 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig
+from hybrid_dist.config import PARTS, BranchConfig, ModelConfig, TaskConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.backbones import Backbone, Features, check_name, probe
 from hybrid_dist.model.fusion import Fusion, build_fusion, find_fusion
-from hybrid_dist.model.heads import HEADS, Head
-from hybrid_dist.model.weights import find_weights, load_weights
+from hybrid_dist.model.heads import BALANCE, HEADS, Balance, Head
+from hybrid_dist.model.weights import find_weights, fit_positions, load_weights
 
-PARTS = ("cnn", "transformer", "fusion", "heads")
 # A module's attribute can't be called `type` (nn.Module has a method of that name), a task can.
 HEAD_PREFIX = "task_"
+BALANCE_HEAD = "balance"
+BALANCE_PREFIX = f"heads.{BALANCE_HEAD}."
+"""Of parameters that only training wants."""
 
 
 class Hybrid(nn.Module):
@@ -28,14 +30,19 @@ class Hybrid(nn.Module):
     Attributes:
         cnn, transformer: the branches; one may be None.
         fusion: of the branches' features.
-        heads: `task_NAME` → head.
+        heads: `task_NAME` → head; and `balance`, where training learns the tasks' weights.
     """
 
     cnn: Backbone | None
     transformer: Backbone | None
 
     def __init__(
-        self, cnn: Backbone | None, transformer: Backbone | None, fusion: Fusion, heads: Mapping[str, Head]
+        self,
+        cnn: Backbone | None,
+        transformer: Backbone | None,
+        fusion: Fusion,
+        heads: Mapping[str, Head],
+        balance: Balance | None = None,
     ) -> None:
         """Put the parts together; `heads` by the name of their task."""
         super().__init__()
@@ -43,14 +50,23 @@ class Hybrid(nn.Module):
         self.transformer = transformer
         self.fusion = fusion
         self.heads = nn.ModuleDict({HEAD_PREFIX + task: head for task, head in heads.items()})
+        if balance is not None:
+            self.heads[BALANCE_HEAD] = balance
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W), RGB, any memory format → task → logits (B, K) or scores (B,), fp32."""
-        return self.answer(self._fuse(images)[1])
+        """uint8 (B, 3, H, W), RGB, any memory format → task → logits (B, K) or scores (B,), fp32.
+
+        In training `BALANCE` → (tasks,) comes with them, if the tasks' weights are learned.
+        """
+        outputs = self.answer(self._fuse(images)[1])
+        if self.training and BALANCE_HEAD in self.heads:
+            outputs[BALANCE] = self.heads[BALANCE_HEAD]()
+        return outputs
 
     def answer(self, fused: Tensor) -> dict[str, Tensor]:
         """(B, out_features), as `get_features` gives it → task → logits (B, K) or scores (B,), fp32."""
-        return {name.removeprefix(HEAD_PREFIX): head(fused) for name, head in self.heads.items()}
+        heads = {name: head for name, head in self.heads.items() if name != BALANCE_HEAD}
+        return {name.removeprefix(HEAD_PREFIX): head(fused) for name, head in heads.items()}
 
     def get_features(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) → `cnn` and `transformer` (B, C), those there are, and `fused` (B, out_features)."""
@@ -128,6 +144,7 @@ def build_model(
     image_size: int,
     seed: int,
     load: bool = True,
+    balance: bool = False,
 ) -> Hybrid:
     """Build the model on the CPU (or the meta device, inside `torch.device("meta")`; then nothing is loaded).
 
@@ -138,6 +155,7 @@ def build_model(
         classes: number of labels of each classification task.
         image_size: side of the pictures in pixels.
         load: False skips `weights:`, and its policy: for a resume, which brings its own.
+        balance: Whether the tasks' weights in the loss are learned.
 
     Raises:
         UserError: as `check_model`, and for weights that don't fit.
@@ -164,7 +182,27 @@ def build_model(
             raise ValueError(f"classes: no number of labels for the task {task!r}")
         with _seeded(seed, "heads", task):
             heads[task] = HEADS[task_config.kind](fusion.out_features, classes.get(task, 0), config.dropout)
-    return Hybrid(branches["cnn"], branches["transformer"], fusion, heads)
+    learned = Balance(len(tasks)) if balance else None
+    return Hybrid(branches["cnn"], branches["transformer"], fusion, heads, learned)
+
+
+def fit_weights(config: ModelConfig, state: Mapping[str, Tensor], model: Hybrid) -> dict[str, Tensor]:
+    """A whole model's weights from another picture size, as `model` holds them: see `fit_positions`.
+
+    Args:
+        config: Of both models.
+        state: By the names of `Hybrid`. What fits stays the tensor that it is.
+
+    Raises:
+        UserError: timm can't resample a branch's tables.
+    """
+    fitted = dict(state)
+    for part, branch in model.branches().items():
+        prefix = f"{part}.net."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        found = fit_positions(f"the {part} of another size", _configured(config)[part], own, branch.net)
+        fitted.update({prefix + name: value for name, value in found.items()})
+    return fitted
 
 
 def check_model(config: ModelConfig, image_size: int) -> None:

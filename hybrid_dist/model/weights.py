@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def load_weights(part: str, config: BranchConfig, source: Source, net: nn.Module
         return
     where = f"model.{part}.weights: {source.file}"
     if source.kind == "run":
-        state = _read_run(where, part, source.file)
+        state = fit_positions(where, config, _read_run(where, part, source.file), net)
     else:
         state = _filter(where, config, _read_file(where, source.file), net)
     misfit = _misfit(state, net, refuse_unknown=source.kind != "hub")
@@ -98,6 +99,26 @@ def load_weights(part: str, config: BranchConfig, source: Source, net: nn.Module
             )
         raise UserError(f"{where} doesn't hold the weights of {config.name}: {misfit}{hint}")
     net.load_state_dict(state, strict=False)
+
+
+def fit_positions(where: str, config: BranchConfig, state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """A state dict that `net` may hold at another picture size, with its tables of positions resampled to this one.
+
+    Done by the filter through which timm takes pretrained weights. For a Swin's relative positions that is
+    `resize_rel_pos_bias_table`, after BEiT's fine-tuning code (Bao et al., 2021, arxiv.org/abs/2106.08254): the table's
+    entries stand in a geometric grid, dense near the middle, between which it interpolates.
+
+    Args:
+        where: Where the state is from, for messages.
+        state: In timm's own names; it comes back as it is where all shapes fit.
+
+    Raises:
+        UserError: the filter can't make anything of it.
+    """
+    own = net.state_dict()
+    if all(own[name].shape == value.shape for name, value in state.items() if name in own):
+        return state
+    return _filter(where, config, state, net)
 
 
 def resolve_cfg(config: BranchConfig) -> PretrainedCfg:
@@ -259,7 +280,10 @@ def _filter(where: str, config: BranchConfig, state: dict[str, Tensor], net: nn.
     if filter_fn is None:
         return state
     try:
-        filtered: dict[str, Tensor] = filter_fn(state, net)
+        with warnings.catch_warnings():
+            # timm's interpolation indexes with a list where torch wants a tuple, and means the same.
+            warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
+            filtered: dict[str, Tensor] = filter_fn(state, net)
     except Exception as error:  # the filters assume a file of their own architecture
         raise UserError(
             f"{where} doesn't hold the weights of {config.name}: timm's filter for it fails with "

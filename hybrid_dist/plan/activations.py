@@ -100,7 +100,7 @@ def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) 
 
 def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast_linear: bool) -> Trace:
     """Forward, loss and backward of one micro batch, as `training.step` does them."""
-    size = fake.config.data.image_size
+    size = fake.image_size
     meter = _Meter(fake)
     with ExitStack() as stack:
         stack.enter_context(fake.mode)

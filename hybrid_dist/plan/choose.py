@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from hybrid_dist.config import Config, PhaseConfig
 from hybrid_dist.data.order import check_divides
@@ -50,6 +51,13 @@ CLOSE = 1.05
 """Times that are no further apart than by this factor are about the same: the estimate knows no better."""
 
 
+class Rules(NamedTuple):
+    """What a phase lets train, of the model for its size of pictures."""
+
+    image_size: int
+    trainable: tuple[str, ...]
+
+
 class Planner:
     """Plans one config on so many processes; what it has traced it keeps."""
 
@@ -81,15 +89,15 @@ class Planner:
         self.precision = config.train.precision
         if machine is not None:
             machine.device.flops(self.precision)
-        self.fake = FakeModel(config, classes)
+        self.fakes = {size: FakeModel(config, classes, size) for size in config.sizes}
         for index, phase in enumerate(config.phases):
             try:
-                self.fake.train(phase.trainable)
+                self.fakes[config.size(phase)].train(phase.trainable)
             except UserError as error:
                 raise UserError(f"phases.{index}.trainable: {error}") from None
-        self.rules = {phase.name: tuple(phase.trainable) for phase in config.phases}
+        self.rules = {phase.name: Rules(config.size(phase), tuple(phase.trainable)) for phase in config.phases}
         self.strategies: tuple[Strategy, ...] = strategies(processes, self.precision, device)
-        self._parameters = lru_cache(maxsize=None)(self.fake.train)
+        self._parameters = lru_cache(maxsize=None)(self._trained)
         self._timeline = lru_cache(maxsize=None)(self._trace)
         self._passes = lru_cache(maxsize=None)(self._on_the_device)
         self._traffic = lru_cache(maxsize=None)(self._sent)
@@ -115,7 +123,8 @@ class Planner:
             rank = fullest_rank(parameters, strategy.stage, self.processes)
         low = self.precision in AUTOCAST
         setting = Setting(strategy, self.processes, micro_batch, accumulation, low, self.device)
-        return Process(setting, self._timeline(rules, strategy.stage == 3), parameters, self.fake.buffer_bytes(), rank)
+        held = self.fakes[rules.image_size].buffer_bytes()
+        return Process(setting, self._timeline(rules, strategy.stage == 3), parameters, held, rank)
 
     def row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
         """What the process that needs most needs.
@@ -279,12 +288,12 @@ class Planner:
     def _sent_by(self, phase: str, strategy: Strategy, accumulation: int) -> Traffic:
         return self._traffic(self.rules[phase], strategy, self.processes, accumulation > 1)
 
-    def _sent(self, rules: tuple[str, ...], strategy: Strategy, processes: int, accumulates: bool) -> Traffic:
+    def _sent(self, rules: Rules, strategy: Strategy, processes: int, accumulates: bool) -> Traffic:
         low = self.precision in AUTOCAST
         line = self._timeline(rules, strategy.stage == 3)
         return traffic(strategy, self._parameters(rules), line, low, processes, accumulates)
 
-    def _on_the_device(self, rules: tuple[str, ...], uncast_linear: bool, micro_batch: int) -> tuple[Pass, Pass]:
+    def _on_the_device(self, rules: Rules, uncast_linear: bool, micro_batch: int) -> tuple[Pass, Pass]:
         assert self.machine is not None
         line = self._timeline(rules, uncast_linear)
         return passes(line.work, micro_batch, self.machine.device, self.precision)
@@ -294,6 +303,9 @@ class Planner:
         kept = sum(parameter.numel * (1 + MOMENTS * parameter.trainable) for parameter in parameters)
         return FP32 * kept // self.processes
 
-    def _trace(self, rules: tuple[str, ...], uncast_linear: bool) -> Timeline:
-        self.fake.train(rules)
-        return timeline(self.fake, self.precision, self.device, uncast_linear)
+    def _trained(self, rules: Rules) -> list[Parameter]:
+        return self.fakes[rules.image_size].train(rules.trainable)
+
+    def _trace(self, rules: Rules, uncast_linear: bool) -> Timeline:
+        self._trained(rules)
+        return timeline(self.fakes[rules.image_size], self.precision, self.device, uncast_linear)

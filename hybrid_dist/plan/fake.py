@@ -37,17 +37,18 @@ class Parameter:
 class FakeModel:
     """A `Hybrid` of fake tensors on the CPU; weights are not looked at."""
 
-    def __init__(self, config: Config, classes: dict[str, int]) -> None:
-        """`classes`: labels of each classification task.
+    def __init__(self, config: Config, classes: dict[str, int], image_size: int | None = None) -> None:
+        """`classes`: labels of each classification task; `image_size`: side of the pictures, `data.image_size` if None.
 
         Raises:
             UserError: as `build_model`.
         """
         self.config = config
+        self.image_size = image_size if image_size is not None else config.data.image_size
         self.mode = FakeTensorMode()
         # On the meta device first: timm's constructors look at values, which fake tensors refuse.
         with torch.device("meta"):
-            model = build_model(config.model, config.tasks, classes, config.data.image_size, 0, load=False)
+            model = build_model(config.model, config.tasks, classes, self.image_size, 0, load=False)
         self.model: Hybrid = model
         with self.mode:
             _replace_tensors(model)

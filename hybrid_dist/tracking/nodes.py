@@ -30,11 +30,13 @@ class NodeFacts(Sink):
 
     def begin(self, state: HasId, keep: int) -> None:
         if self._thread is None:
+            self._closing = threading.Event()
             self._thread = threading.Thread(target=self._run, daemon=True, name="node")
             self._thread.start()
 
     def _run(self) -> None:
-        while not self._closing.wait(INTERVAL):
+        closing = self._closing
+        while not closing.wait(INTERVAL):
             with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 partial = self._file.with_name(f".{self._file.name}.partial")
@@ -43,6 +45,7 @@ class NodeFacts(Sink):
 
     def close(self) -> None:
         self._closing.set()
+        self._thread = None
 
 
 def measure() -> dict[str, float]:

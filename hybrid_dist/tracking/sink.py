@@ -65,6 +65,9 @@ class Sink:
     def metrics(self, at: Position, values: Values) -> None:
         """A line of metrics."""
 
+    def warned(self, text: str) -> None:
+        """Something that somebody should look at, though training goes on."""
+
     def published(self, folder: str, facts: Mapping[str, Any]) -> None:
         """The final model lies in `folder`; `facts` say which step it is of, and how good."""
 
@@ -72,7 +75,7 @@ class Sink:
         """This start of the run ends: `finished`, `stopped`, `failed` or `stuck`."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Nothing more will come, unless training begins once more."""
 
 
 class Sinks(Sink):
@@ -92,6 +95,10 @@ class Sinks(Sink):
     def metrics(self, at: Position, values: Values) -> None:
         for sink in self._sinks:
             sink.metrics(at, values)
+
+    def warned(self, text: str) -> None:
+        for sink in self._sinks:
+            sink.warned(text)
 
     def published(self, folder: str, facts: Mapping[str, Any]) -> None:
         for sink in self._sinks:

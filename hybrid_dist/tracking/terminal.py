@@ -40,6 +40,9 @@ class Terminal(Sink):
         self._paces: dict[str, tuple[float, int]] = {}
         self._notes: dict[str, str] = {}
 
+    def warned(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
     def say(self, text: str) -> None:
         """A line of its own."""
         bar = self._bar  # another thread may end it meanwhile

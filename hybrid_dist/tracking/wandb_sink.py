@@ -127,7 +127,7 @@ class Wandb(Sink):
             self.mode = "off"
             return
         assert state.wandb_id is not None
-        self._news.end = keep
+        self._news = _News(keep)
         follower = _Follower(self, state.wandb_id, keep)
         self._thread = threading.Thread(target=self._run, args=(follower,), daemon=True, name="wandb")
         self._thread.start()
@@ -165,6 +165,10 @@ class Wandb(Sink):
         self._uploads = self.mode == "online"
         self._call(lambda run: _log_model(run, name, folder, metadata))
 
+    def warned(self, text: str) -> None:
+        title = f"{self.config.run.name} needs a look"
+        self._call(lambda run: run.alert(title=title, text=text, level="WARN"))
+
     def ended(self, state: str, reason: str) -> None:
         with self._lock:
             self._news.failed = state in ("failed", "stuck")
@@ -183,13 +187,17 @@ class Wandb(Sink):
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        online = self.mode == "online"
         with self._lock:
             self._news.closing = True
         self._wake.set()
         thread.join(UPLOAD if self._uploads else PATIENCE)
-        if thread.is_alive() and not self._warned:
+        if not thread.is_alive():
+            return
+        self.mode = "off"  # for whoever begins once more: two threads would send the same lines
+        if not self._warned:
             self._warned = True
-            more = f"; wandb sync {self.folder}/run-* sends the rest" if self.mode == "online" else ""
+            more = f"; wandb sync {self.folder}/run-* sends the rest" if online else ""
             self._warn(f"warning: wandb does not answer and is left behind; metrics.jsonl has it all{more}")
 
     def news(self) -> _News:
@@ -360,7 +368,8 @@ def _count_lines(file: Path, keep: int) -> int:
 
 
 def _for_wandb(config: Config, lengths: Mapping[str, int]) -> dict[str, Any]:
-    """The resolved config, without what stands before an @ in an address; and the steps at which the phases begin."""
+    """The resolved config, without what stands before an @ in an address; and the steps at which the phases begin, if
+    those before them don't end early."""
     values: dict[str, Any] = json.loads(without_logins(json.dumps(config.model_dump(mode="json"))))
     begins, at = {}, 0
     for name, length in lengths.items():
@@ -373,7 +382,7 @@ def _definitions(config: Config) -> Iterator[dict[str, Any]]:
     """Axes, and which value of a metric the summary shows. Each names its axis: a definition replaces another."""
     for axis in ("step", "samples"):
         yield {"name": axis, "hidden": True}
-    for name in ("train/*", "val/*", "perf/*", "node/*", "phase_index", "epoch"):
+    for name in ("train/*", "val/*", "val_raw/*", "perf/*", "node/*", "phase_index", "epoch"):
         yield {"name": name, "step_metric": "step"}
     for name, better in config.metrics().items():
         yield {"name": f"val/{name}", "step_metric": "step", "summary": "max" if better > 0 else "min"}

@@ -121,7 +121,7 @@ def describe_model(config: Config, class_maps: Mapping[str, ClassMap], tables: M
     branches = {"cnn": config.model.cnn, "transformer": config.model.transformer}
     return {
         "format": FORMAT,
-        "architecture": {**values["model"], "image_size": config.data.image_size},
+        "architecture": {**values["model"], "image_size": config.final_size},
         "tasks": values["tasks"],
         "labels": {name: found.to_json() for name, found in class_maps.items()},
         "preprocessing": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import resource
 import time
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hybrid_dist.checkpoint import Content, Found
 from hybrid_dist.config import PhaseConfig
+from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.data.order import steps_per_epoch
 from hybrid_dist.distributed import Engine
 from hybrid_dist.errors import UserError
@@ -21,10 +23,12 @@ from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks,
 from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
-from hybrid_dist.training.optim import learning_rate
+from hybrid_dist.training.guard import Guard, TooManyBad
+from hybrid_dist.training.objective import Objective
+from hybrid_dist.training.optim import ema_decay, learning_rate
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
-from hybrid_dist.training.step import LossLog, dropout_seed, label_counts, trace_of, train_step
+from hybrid_dist.training.step import LossLog, Made, dropout_seed, label_counts, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
 from hybrid_dist.training.tasks import Metrics
 from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv, validate
@@ -93,13 +97,24 @@ class Layout:
 class PhaseLoop:
     """Takes a phase from where `state` stands to its end."""
 
-    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout):
+    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout, peak_lr: float):
+        """`peak_lr`: of the phase, the highest of its rates."""
         self.job, self.phase, self.state, self.engine, self.layout = job, phase, state, engine, layout
         self.config, self.topology, self.control = job.config, job.topology, job.topology.control
         self.saver, self.watch = job.saver, job.watch
         self.together = Together(self.control, job.stop, job.saver, job.watch)
         self.length = job.length(phase)
-        self.losses = LossLog(self.control, state.pending)
+        self.objective = Objective(job.tasks)
+        self.losses = LossLog(state.pending)
+        self.guard = Guard(
+            job.folder,
+            state,
+            self.objective,
+            job.train_table,
+            self.config.train.max_bad_steps,
+            self.control,
+            job.sinks.warned,
+        )
         self.files = {name: self._lines(name) for name in ("metrics", "trace")} if self.topology.is_main else {}
         first = [MetricsFile(self.files["metrics"])] if self.files else []
         self.sinks = Sinks([*first, job.sinks])  # what reads the file is told after it
@@ -109,8 +124,9 @@ class PhaseLoop:
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
-        self.lr = 0.0
+        self.lr, self.peak_lr = 0.0, peak_lr
         self._judged: Judged | None = None
+        self._ended = False
 
     def _lines(self, name: str) -> Lines:
         keep = self.state.positions.get(name, 0)
@@ -126,7 +142,8 @@ class PhaseLoop:
 
         Raises:
             Stopped: someone asked; a checkpoint is written.
-            UserError: too many pictures can't be used, the loss is no number, the last checkpoint can't be written.
+            TooManyBad: the loss or the gradients were no numbers for too many steps in a row.
+            UserError: too many pictures can't be used, the last checkpoint can't be written.
         """
         train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
         feed = Feed(train, ahead=self.job.accumulation)
@@ -134,7 +151,7 @@ class PhaseLoop:
             if self.state.validation_due:
                 self._validate()
             self._begin()
-            while self.state.phase_step < self.length.total:
+            while not self._ended:
                 began = time.monotonic()
                 batches, counts = self._take(feed)
                 self._waited += time.monotonic() - began
@@ -143,6 +160,9 @@ class PhaseLoop:
                 self._after_step()
         except AskedToStop:
             self._stop()
+        except TooManyBad:
+            self.saver.finish()
+            raise
         except UserError as error:
             if error.shared:  # all ranks are here: what is being written shall not be lost
                 self.saver.finish()
@@ -159,7 +179,7 @@ class PhaseLoop:
         label, later = f"phase {self.phase.name}", self.job.steps_after(self.phase)
         self.job.terminal.start(label, self.state.phase_step, self.length.total, later)
 
-    def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, int]]:
+    def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, float]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
 
@@ -172,33 +192,41 @@ class PhaseLoop:
             self._met_bad("train", batches)
         self.state.samples += samples
         self._seen += samples
-        return batches, {task.name: count for task, count in zip(tasks, counts, strict=True)}
+        return batches, {task.name: count / WHOLE for task, count in zip(tasks, counts, strict=True)}
 
     def _met_bad(self, split: str, batches: list[Batch]) -> None:
         self.bad.note(split, {row: reason for batch in batches for row, reason in batch.bad.items()})
 
-    def _step(self, batches: list[Batch], counts: dict[str, int]) -> None:
+    def _step(self, batches: list[Batch], counts: dict[str, float]) -> None:
         done = self.state.phase_step
-        self.lr = learning_rate(done, self.length.total, self.phase.lr, self.phase.warmup)
+        self.lr = learning_rate(done, self.length.total, self.peak_lr, self.phase.warmup)
         self.engine.set_lr(self.lr)
         world, rank, seed = self.topology.world_size, self.topology.rank, self.config.run.seed
         # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.
         seeds = [dropout_seed(seed, self.phase.name, done, micro * world + rank) for micro in range(len(batches))]
         device, beat = self.topology.device, self.watch.beat
-        shares = train_step(self.engine, self.job.tasks, batches, counts, seeds, device, beat)
-        self.losses.add(shares)
+        losses = train_step(self.engine, self.objective, batches, counts, seeds, device, beat)
+        if self.config.train.ema is not None:
+            self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))
         self.state.phase_step += 1
         self.state.step += 1
+        self.losses.add(self.state.step, losses, batches)
         if self.config.debug.trace:
             self._trace(batches)
 
     def _trace(self, batches: list[Batch]) -> None:
         traced = trace_of(batches, self.control)
-        loss = self.losses.rows()[-1][0]
+        loss = self._settle()[-1].losses[0]
         if traced is not None:
             rows, digest = traced
             position = {"phase": self.phase.name, "step": self.state.step}
             self.files["trace"].write(json_line({**position, "sample_ids": rows, "digest": digest, "loss": loss}))
+
+    def _settle(self) -> list[Made]:
+        """Judge the steps whose losses are still on the device; waits for it. All ranks together."""
+        made = self.losses.settle()
+        self.losses.kept += [one.losses for one in made if self.guard.is_good(one)]
+        return made
 
     def _after_step(self) -> None:
         step = self.state.phase_step
@@ -223,14 +251,13 @@ class PhaseLoop:
 
     def _log(self) -> None:
         began = time.monotonic()
-        total, *each = self.losses.take_mean()
+        self._settle()
         # A GPU runs behind the loop; here the loop has waited for it.
         self._worked += time.monotonic() - began
-        if not math.isfinite(total):
-            where = f"phase {self.phase.name}, step {self.state.step}"
-            raise UserError(f"{where}: the loss is {total}; a lower learning rate would do", shared=True)
-        names = [task.name for task in self.job.tasks]
-        values = {"train/loss": total, **{f"train/loss_{name}": loss for name, loss in zip(names, each, strict=True)}}
+        self.guard.check()
+        names = ["train/loss", *(f"train/loss_{task.name}" for task in self.job.tasks)]
+        mean = self.losses.take_mean()
+        values: dict[str, Any] = dict(zip(names, mean, strict=True)) if mean else dict.fromkeys(names)
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
         if self._worked > 0:
             values["perf/images_per_s"] = self._seen / self._worked
@@ -242,26 +269,73 @@ class PhaseLoop:
         self.job.status("running", self.phase.name, self.state.step, self.topology.label)
 
     def _validate(self) -> None:
-        """Validate, and save the result; if asked to stop on the way, nothing of it has happened."""
+        """Validate, and save the result; if asked to stop on the way, nothing of it has happened.
+
+        Raises:
+            TooManyBad: the model's answers are no numbers.
+        """
         job = self.job
-        result = self._run_validation()
+        result = self._judge_averaged()
         temperature: dict[str, float] = {}
-        metrics: Metrics | None = None
-        if result is not None:
+        metrics: Metrics = {}
+        ruined = result.not_finite() if result is not None else []
+        if result is not None and not ruined:
             temperature, errors = calibration.fit(result, job.tasks)
             metrics = metrics_of(result, job.tasks) | errors
-        metrics, temperature = self.control.from_main((metrics, temperature))
-        assert metrics is not None
-        self.state.validation_due = False
+        metrics, temperature, ruined = self.control.from_main((metrics, temperature, ruined))
+        if ruined:
+            of = f"step {self.state.step}: the model's answers for {' and '.join(ruined)}"
+            raise TooManyBad(f"validation after {of} are no numbers")
+        score = metrics["val/score"] or 0.0
+        ends = self._ends_with(score)
+        raw = self._judge_raw() if ends and self.config.train.ema is not None else {}
+        self.state.validation_due, self._ended = False, ends
         files: dict[str, str] = {}
         if result is not None:
             names = [job.val_table.filename(int(row)) for row in result.rows]
+            picture = functools.partial(job.val_picture, job.config.size(self.phase))
             result = calibration.calibrated(result, temperature)
             files[PREDICTIONS] = predictions_csv(result, job.tasks, names)
-            self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, job.val_picture))
-        self._judged = Judged(self.state.step, metrics["val/score"] or 0.0, metrics, temperature, files)
-        self._write_metrics(metrics)
-        self._save(wait=self.state.phase_step == self.length.total)
+            self.sinks.validated(Judgement(self._at(), metrics, result, job.tasks, names, picture))
+        self._judged = Judged(self.state.step, score, metrics, temperature, files)
+        self._write_metrics(metrics | raw)
+        self._save(wait=ends)
+
+    def _better(self, score: float) -> bool:
+        return self.state.best_score is None or score > self.state.best_score
+
+    def _ends_with(self, score: float) -> bool:
+        """Whether this step's validation, with that score, is the phase's last; the same on all ranks."""
+        if self.state.phase_step == self.length.total:
+            return True
+        patience, stale = self.phase.patience, 0 if self._better(score) else self.state.stale + 1
+        if patience is None or stale < patience:
+            return False
+        self.job.terminal.say(
+            f"phase {self.phase.name} ends at step {self.state.phase_step} of {self.length.total}:"
+            f" {stale} validations in a row brought no better score than {self.state.best_score:.4f}"
+        )
+        return True
+
+    def _judge_averaged(self) -> Validated | None:
+        """Validate the weights' running mean, if one is kept, else the weights."""
+        asked, result = None, None
+        with self.engine.averaged():
+            try:
+                result = self._run_validation()
+            except AskedToStop as request:  # all ranks are here; a checkpoint wants the weights back in their place
+                asked = request
+        if asked is not None:
+            raise asked
+        return result
+
+    def _judge_raw(self) -> Metrics:
+        """What the weights would have scored themselves; rank 0 knows."""
+        result = self._run_validation()
+        if result is None:
+            return {}
+        metrics = metrics_of(result, self.job.tasks)
+        return {f"val_raw/{key}": metrics[f"val/{key}"] for key in ("score", "loss")}
 
     def _run_validation(self) -> Validated | None:
         job, feed = self.job, Feed(self.val)
@@ -285,14 +359,18 @@ class PhaseLoop:
         a best whose checkpoint can't be written is none, for its weights are lost."""
         state, judged = self.state, self._judged
         before = state.best_score, state.best_step, state.best_metrics, state.best_temperature
+        stale = state.stale
 
         def back() -> None:
             state.best_score, state.best_step, state.best_metrics, state.best_temperature = before
+            state.stale = stale
 
         if judged is None or judged.step != state.step:
             return {}, back
-        if state.best_score is not None and judged.score <= state.best_score:
+        if not self._better(judged.score):
+            state.stale += 1
             return {}, back
+        state.stale = 0
         state.best_score, state.best_step, state.best_metrics = judged.score, judged.step, judged.metrics
         state.best_temperature = judged.temperature
         return judged.files, back
@@ -305,8 +383,9 @@ class PhaseLoop:
         """
         self.watch.beat("in a checkpoint")
         self.saver.finish()
-        self.state.finished = self.state.phase_step == self.length.total and not self.state.validation_due
-        self.state.pending = self.losses.rows()
+        self.state.finished = self._ended
+        self._settle()
+        self.state.pending = self.losses.kept
         self.state.engine = self.engine.extra_state()
         files, back = self._take_best()
         problem = None

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,23 @@ from hybrid_dist.data.annotations import (
     untrained,
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
+from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
+from hybrid_dist.data.degrade import Degrade, check_degrade
 from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.data.mix import Mixing, alphas, check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, agree, decide, differences, make_engine
+from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
-from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
+from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
 from hybrid_dist.training.publish import (
     best_is_there,
@@ -76,8 +81,8 @@ class Job:
     tasks: list[Task]
     train_table: Table
     val_table: Table
-    packed: dict[str, Packed]
-    """Those of the splits, `train` and `val`, that are read from a packed copy."""
+    packed: dict[tuple[str, int], Packed]
+    """By split, `train` or `val`, and size of pictures: those that are read from a packed copy."""
     store: Store
     saver: Saver
     lock: RunLock
@@ -93,6 +98,12 @@ class Job:
         """By split."""
         return {"train": self.train_table, "val": self.val_table}
 
+    @cached_property
+    def balance(self) -> Balance | None:
+        """Which rows an epoch draws; None: each once."""
+        task = self.config.data.balance
+        return Balance.of(self.train_table.labels[task]) if task is not None else None
+
     @property
     def sources(self) -> dict[str, Source]:
         """By split."""
@@ -102,11 +113,11 @@ class Job:
         """What is to be said of any model of this run."""
         return describe_model(self.config, self.class_maps, self.tables)
 
-    def val_picture(self, row: int) -> np.ndarray:
-        """A validation picture's pixels, for a person: uint8 (height, width, 3), RGB."""
-        if "val" in self.packed:
-            return self.packed["val"].picture(row)
-        return read_picture(self.val_table.images / self.val_table.filename(row), self.config.data.image_size)
+    def val_picture(self, size: int, row: int) -> np.ndarray:
+        """A validation picture's pixels, for a person: uint8 (height, width, 3), RGB; `size` is its phase's."""
+        if ("val", size) in self.packed:
+            return self.packed["val", size].picture(row)
+        return read_picture(self.val_table.images / self.val_table.filename(row), size)
 
     def length(self, phase: PhaseConfig) -> Length:
         return Length.of(phase, len(self.train_table), self.config.train.global_batch_size)
@@ -116,11 +127,13 @@ class Job:
         phases = self.config.phases
         return sum(self.length(later).total for later in phases[phases.index(phase) + 1 :])
 
-    def build(self, load: bool) -> Hybrid:
-        """The model on the host, with its configured weights if `load`, else with fresh ones."""
+    def build(self, phase: PhaseConfig, load: bool) -> Hybrid:
+        """A phase's model on the host, with its configured weights if `load`, else with fresh ones."""
         config = self.config
         classes = {name: len(found.classes) for name, found in self.class_maps.items()}
-        return build_model(config.model, config.tasks, classes, config.data.image_size, config.run.seed, load=load)
+        learned = config.train.task_balance == "uncertainty"
+        size, seed = config.size(phase), config.run.seed
+        return build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
 
     def loaders(self, phase: PhaseConfig, start: int, end: int) -> tuple[Any, Any]:
         """Loaders of the phase's steps [start, end) and of a validation, for this rank."""
@@ -128,18 +141,27 @@ class Job:
         data, train, seed = config.data, config.train, config.run.seed
         workers = resolve_workers(data.workers, topology.local_world_size)
         pin = topology.device.type == "cuda"
-        augment = Augment(data.image_size, config.tasks, train=data.augment)
+        size = config.size(phase)
+        augment = Augment(size, config.tasks, train=data.augment)
+        packed, held = self.packed.get(("train", size)), self.packed.get(("val", size))
+        degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
         samples = Samples(
-            self.train_table, augment, seed, phase.name, digest=config.debug.trace, packed=self.packed.get("train")
+            self.train_table, augment, seed, phase.name, config.debug.trace, packed, self._mixing(), degrade
         )
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
-            topology.rank, topology.world_size, seed, phase.name, start, end,
+            topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
-        plain = Augment(data.image_size, config.tasks, train=False)
-        val = Samples(self.val_table, plain, seed, phase.name, packed=self.packed.get("val"))
+        plain = Augment(size, config.tasks, train=False)
+        val = Samples(self.val_table, plain, seed, phase.name, packed=held)
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
+
+    def _mixing(self) -> Mixing | None:
+        config = self.config
+        if not alphas(config.data):
+            return None
+        return Mixing(config.data, config.tasks, len(self.train_table), self.balance)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -154,9 +176,10 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
     job = agree(topology, lambda: prepare(config, topology, stop))
-    for split, signature in decide(topology, lambda: _choose_packed(job)).items():
-        job.packed[split] = agree(topology, lambda: _open_packed(job, split, signature))  # noqa: B023 (called at once)
-        job.terminal.say(f"{split} pictures come from {job.packed[split].folder}")
+    for (split, size), signature in decide(topology, lambda: _choose_packed(job)).items():
+        found = agree(topology, lambda: _open_packed(job, split, size, signature))  # noqa: B023 (called at once)
+        job.packed[split, size] = found
+        job.terminal.say(f"{split} pictures come from {found.folder}")
     decide(topology, lambda: _check_pictures(job))
     try:
         return _go(job, only, fresh)
@@ -167,10 +190,10 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
 
 
 def _go(job: Job, only: str | None, fresh: bool) -> int:
-    topology, terminal = job.topology, job.terminal
+    config, topology, terminal = job.config, job.topology, job.terminal
     _check_shared(job)
     resumes = decide(topology, lambda: _open_folder(job, only, fresh))
-    found = _newest(job) if resumes else None
+    found = _newest(job, lambda candidate: check_own(config, candidate)) if resumes else None
     job.saver.newest = found
     sums = _data_sums(job)
     state = agree(topology, lambda: _position(job, found, only, fresh, sums))
@@ -213,6 +236,8 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train
+    for sentence in (*check_mixing(config.data, config.tasks), *check_degrade(config.data, config.tasks)):
+        terminal.say(sentence)
     accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
@@ -226,6 +251,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     if not judged:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
+    counts = {name: train_table.class_counts(name, found) for name, found in class_maps.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
@@ -241,7 +267,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
     watch = Watch(config.folder, place, config.train.stall_timeout, stuck)
     return Job(
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
-        tasks=make_tasks(config.tasks, classes), train_table=train_table, val_table=val_table, packed={},
+        tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
         sinks=sinks,
@@ -259,20 +285,20 @@ def _sinks(config: Config, topology: Topology, terminal: Terminal, lengths: dict
     return [NodeFacts(config.folder / "wandb", node)] if mode != "off" and node > 0 and local_rank == 0 else []
 
 
-def _choose_packed(job: Job) -> dict[str, str]:
-    """The signatures of the copies to read from, by split."""
-    data, found = job.config.data, {}
-    for split, table in job.tables.items():
-        packed = choose_packed(data.packed, table, job.sources[split], data.image_size, job.terminal.say)
+def _choose_packed(job: Job) -> dict[tuple[str, int], str]:
+    """The signatures of the copies to read from, by split and size."""
+    found = {}
+    for (split, table), size in itertools.product(job.tables.items(), job.config.sizes):
+        packed = choose_packed(job.config.data.packed, table, job.sources[split], size, job.terminal.say)
         if packed is not None:
-            found[split] = packed.signature()
+            found[split, size] = packed.signature()
     return found
 
 
-def _open_packed(job: Job, split: str, signature: str) -> Packed:
+def _open_packed(job: Job, split: str, size: int, signature: str) -> Packed:
     """On a rank of another machine it may not be there, or be another one."""
     try:
-        packed = open_packed(job.tables[split], job.config.data.image_size, None)
+        packed = open_packed(job.tables[split], size, None)
     except Stale as reason:
         raise UserError(f"on {socket.gethostname()}: {reason}") from None
     if packed is None:
@@ -285,7 +311,7 @@ def _open_packed(job: Job, split: str, signature: str) -> Packed:
 def _check_pictures(job: Job) -> None:
     """Those of both splits are there, but for as many as may be bad."""
     for split, table in job.tables.items():
-        if split in job.packed and not job.sources[split].there():
+        if not job.sources[split].there() and all((split, size) in job.packed for size in job.config.sizes):
             continue
         missing = check_pictures(table, job.config.data.max_bad)
         if missing is not None:
@@ -301,21 +327,44 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
         publish_best(config.folder, found, tick)
         # As long as a checkpoint may have to be gone back to from which the next phase would begin once more.
         phases = {checkpoint_phase(name) for name in store.kept(found.path)} & carried
-        store.prune(found.path, [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases])
+        spare = [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases]
+        if found.state["bad_streak"] > 0:  # it may have to be gone back behind all of these
+            spare += filter(None, [store.newest_name(lambda state: state.get("bad_streak") == 0)])
+        store.prune(found.path, spare)
 
     return Saver(store, topology.control, terminal.say, watch.beat, settle)
 
 
 def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
-    check_model(job.config.model, job.config.data.image_size)
-    model = job.build(load=True)
+    _check_models(job.config)
+    model = job.build(job.config.phases[0], load=True)
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
         except UserError as error:
             raise UserError(f"phases.{index}.trainable: {error}") from None
+        try:
+            peak_rates(model, phase)
+        except UserError as error:
+            raise UserError(f"phases.{index}.{error}") from None
     return model
+
+
+def _check_models(config: Config) -> None:
+    """One for each size of pictures."""
+    seen: set[int] = set()
+    for index, phase in enumerate(config.phases):
+        size = config.size(phase)
+        if size in seen:
+            continue
+        try:
+            check_model(config.model, size)
+        except UserError as error:
+            if not seen:  # it need not be about the size
+                raise
+            raise UserError(f"phases.{index}.image_size: {error}") from None
+        seen.add(size)
 
 
 def _check_shared(job: Job) -> None:
@@ -407,11 +456,11 @@ def _open_folder(job: Job, only: str | None, fresh: bool) -> bool:
     return resumes
 
 
-def _newest(job: Job) -> Found | None:
+def _newest(job: Job, accept: Callable[[Found], None]) -> Found | None:
     """The checkpoint to go on from; rank 0 looks and decides, the others follow."""
     found = None
     if job.topology.is_main:
-        found = job.store.newest(lambda candidate: check_own(job.config, candidate), job.terminal.say)
+        found = job.store.newest(accept, job.terminal.say)
     return job.topology.control.from_main(found)
 
 
@@ -508,7 +557,72 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
             continue
         if index > at:
             state.begin(phase.name)
-        found = _run_phase(job, phase, state, found, initial.pop() if initial else None)
+        found = _run_guarded(job, phase, state, found, initial.pop() if initial else None)
+
+
+def _run_guarded(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
+    """As `_run_phase`; after too many bad steps in a row once more, from the last good checkpoint."""
+    try:
+        return _run_phase(job, phase, state, found, model)
+    except TooManyBad as error:
+        reason = f"phase {phase.name}: {error}"
+    del model
+    good = _go_back(job, phase, state, reason)
+    try:
+        return _run_phase(job, phase, state, good, None)
+    except TooManyBad as error:
+        raise UserError(_no_way_on(f"phase {phase.name}: {error}"), shared=True) from None
+
+
+def _no_way_on(reason: str) -> str:
+    return (
+        f"{reason}. Going back to the last good checkpoint has not helped: {BAD_STEPS} names the steps and their"
+        " samples; other pictures or labels there, or a lower learning rate in a new run, would do"
+    )
+
+
+def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Found:
+    """Put `state`, and the disk, to where the last good checkpoint is, once; all ranks together.
+
+    Raises:
+        UserError: the phase has gone back already, or there is nothing to go back to.
+    """
+    job.watch.beat("going back to the last good checkpoint")
+    if decide(job.topology, lambda: has_gone_back(job.folder, phase.name)):
+        raise UserError(_no_way_on(reason), shared=True)
+    good = _newest(job, lambda candidate: _check_good(job, phase, candidate))
+    if good is None:
+        none = "There is no good checkpoint to go back to; other pictures, labels or weights, or a lower learning rate"
+        raise UserError(f"{reason}. {none} in a new run, would do", shared=True)
+    abandoned = state.step
+    for key, value in vars(TrainState.from_dict(good.state)).items():
+        setattr(state, key, value)
+
+    def tidy() -> None:
+        with _disk(job.folder):
+            note_went_back(job.folder, phase.name, abandoned, good.path.name)
+            job.store.drop_after(good.state["step"])  # a stop before they are made anew must not find them
+            publish_best(job.folder, good, job.watch.beat, verify=True)
+
+    decide(job.topology, tidy)
+    _forget_lost_best(job, state)
+    if state.phase != phase.name:
+        state.begin(phase.name)
+    job.saver.newest = good
+    job.sinks.warned(f"{reason}; back to {good.path.name}, once")
+    job.sinks.close()  # they begin once more, with metrics.jsonl cut back
+    return good
+
+
+def _check_good(job: Job, phase: PhaseConfig, found: Found) -> None:
+    """Raises `Damaged` for what is not to be gone back to: it stands among bad steps, or before another phase."""
+    check_own(job.config, found)
+    state = TrainState.from_dict(found.state)
+    names = [each.name for each in job.config.phases]
+    if state.phase == phase.name and state.bad_streak > 0:
+        raise Damaged(f"bad steps in a row there: {state.bad_streak}")
+    if state.phase != phase.name and not (state.finished and names.index(state.phase) + 1 == names.index(phase.name)):
+        raise Damaged(f"it is not what phase {phase.name} begins with")
 
 
 def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
@@ -518,13 +632,14 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
-        model = job.build(load=False)
-        model.load_state_dict(_weights(job, phase, found, Layout.of(model)))
+        model = job.build(phase, load=False)
+        model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
-    optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found)
-    groups = param_groups(model, job.config.train.weight_decay, optimizer.step if optimizer is not None else None)
+    optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found, layout)
+    peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
+    groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
     engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
     try:
@@ -532,39 +647,56 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
             engine.load_optimizer(optimizer)
         if resumed:
             engine.load_extra_state(state.engine)
+            engine.load_average(optimizer)
         # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
         # shall not find some of them before this line and some behind it.
         job.topology.control.barrier()
         job.stop.wait_for_the_loop()
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
-        return PhaseLoop(job, phase, state, engine, layout).run()
+        with explained():
+            return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
     finally:
         engine.close()
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
-    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before."""
+    """The weights that a phase goes on from: its own checkpoint's, or the best or last of the phase before, which are
+    means if it kept any."""
     before = found.state["phase"]
-    if before == phase.name or phase.start == "last":
+    if before == phase.name:
         return found.reader().weights(layout.shapes)
+    if phase.start == "last":
+        shapes = {name: torch.Size(shape) for name, shape in found.state["shapes"].items()}  # of its own size
+        return found.reader().weights(shapes, averaged=True)
     return load_file(decide(job.topology, lambda: find_best(job.folder, before, found.state["best_step"])))
 
 
-def _carried(job: Job, phase: PhaseConfig, found: Found | None) -> PieceReader | None:
-    """The optimizer's state that a phase begins with, if it is to have any: as it was at the weights it begins with."""
-    if found is None or not phase.carry_optimizer:
+def _carried(job: Job, phase: PhaseConfig, found: Found | None, layout: Layout) -> PieceReader | None:
+    """The optimizer's state that a phase begins with, if it is to have any: as it was at the weights it begins with.
+
+    A table of positions that has another shape in this phase begins anew: its moments belong to other places.
+    """
+    begins = _begins_at(job, phase, found) if found is not None and phase.carry_optimizer else None
+    if begins is None:
         return None
+    shapes = begins.state["shapes"]
+    reader = begins.reader()
+    reader.forget_steps(name for name, shape in layout.shapes.items() if shapes.get(name) != list(shape))
+    return reader
+
+
+def _begins_at(job: Job, phase: PhaseConfig, found: Found) -> Found | None:
+    """The checkpoint of the weights that a phase begins with; `found` is the last one of the phase before."""
     if phase.start == "last" or found.state["best_step"] == found.state["step"]:
-        return found.reader()
+        return found
     path, best = job.store.folder / checkpoint_name(found.state["phase"], found.state["best_step"]), None
     if job.topology.is_main:
         try:
             best = inspect(path)
         except Damaged as reason:
             job.terminal.say(f"warning: phase {phase.name} begins without the optimizer's state of {path}: {reason}")
-    best = job.topology.control.from_main(best)
-    return best.reader() if best is not None else None
+    return job.topology.control.from_main(best)
 
 
 def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) -> None:

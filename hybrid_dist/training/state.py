@@ -21,13 +21,17 @@ class TrainState:
     """The phase is done: its steps are made and its last validation is in."""
     validation_due: bool = False
     """The run was stopped before or in the validation that belongs to this step: it comes next."""
+    stale: int = 0
+    """Validations in a row, up to the last one, that brought no better score."""
     best_score: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, float | None] = field(default_factory=dict)
     best_temperature: dict[str, float] = field(default_factory=dict)
     """By classification task, what its logits are divided by."""
     pending: list[list[float]] = field(default_factory=list)
-    """Losses of the steps since the last line in metrics.jsonl, summed over the ranks."""
+    """Losses of the good steps since the last line in metrics.jsonl: the global batch's, and each task's."""
+    bad_streak: int = 0
+    """Bad steps in a row, up to this one."""
     positions: dict[str, int] = field(default_factory=dict)
     """Length in bytes of metrics.jsonl and trace.jsonl; a resume cuts them back to it."""
     engine: dict[str, Any] = field(default_factory=dict)

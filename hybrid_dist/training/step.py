@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import Control, Engine
+from hybrid_dist.training.objective import Objective, mixed_with
 from hybrid_dist.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -17,53 +22,72 @@ if TYPE_CHECKING:
 
 
 def label_counts(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[int]:
-    """This rank's labels of each task in the step, and its samples without padding."""
-    counts = [sum(int(task.valid(batch.labels[task.name]).sum()) for batch in batches) for task in tasks]
+    """This rank's labels of each task in the step, in parts of a `WHOLE`th, and its samples without padding.
+
+    Whole numbers, for their sum is the same in whatever order ranks and micro batches add it up.
+    """
+
+    def parts(task: Task, batch: Batch) -> int:
+        labelled = task.labelled(batch.labels[task.name], mixed_with(batch, task.name))
+        return int((labelled.double() * WHOLE).round().sum())
+
+    counts = [sum(parts(task, batch) for batch in batches) for task in tasks]
     return [*counts, sum(int((batch.rows >= 0).sum()) for batch in batches)]
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What a step has cost, on the device."""
+
+    totals: Tensor
+    """(2 + tasks,) fp32: the global batch's loss with the tasks' own weights, each task's, and 1 where the gradients
+    were no numbers and so the update was left out, else 0."""
+    samples: list[Tensor]
+    """By micro batch, (B,): what each of this rank's samples has cost."""
 
 
 def train_step(
     engine: Engine,
-    tasks: Sequence[Task],
+    objective: Objective,
     batches: Sequence[Batch],
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
     seeds: Sequence[int],
     device: torch.device,
     beat: Callable[[str], None],
-) -> Tensor:
-    """Forward and backward over the step's micro batches, and the update.
+) -> StepLosses:
+    """Forward and backward over the step's micro batches, and the update, unless the loss or a gradient is no number.
 
     The loss of a task is the sum over its labels divided by their number in the whole global batch, over ranks and
     micro batches: a mean of means would weigh a label by how few others came along in its micro batch.
 
     Args:
-        counts: Labels of each task in the global batch.
+        counts: Labels of each task in the global batch; of mixed samples the share that is labelled.
         seeds: For each micro batch, what its dropout and stochastic depth follow from.
         beat: Told of each thing that is done.
 
     Returns:
-        (1 + tasks,) fp32 on the device: this rank's share of the total loss, then of each task's, unweighted. Nothing
-        here waits for the device.
+        The global batch's losses, the same on all ranks. Nothing here waits for the device.
     """
     engine.model.train()
-    shares = torch.zeros(1 + len(tasks), device=device)
+    totals = torch.zeros(1 + len(objective.tasks), device=device)
+    samples = []
     for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         last = index == len(batches) - 1
         torch.manual_seed(seed)
         beat(f"in micro batch {index + 1} of {len(batches)}")
         with engine.accumulating(last):
             outputs = engine.forward(batch.images.to(device, non_blocking=True))
-            parts = []
-            for task in tasks:
-                target = batch.labels[task.name].to(device, non_blocking=True)
-                parts.append(task.losses(outputs[task.name], target).sum() / max(counts[task.name], 1))
-            total = sum(
-                (task.weight * part for task, part in zip(tasks, parts, strict=True)), start=shares.new_zeros(())
-            )
-            shares += torch.stack([total, *parts]).detach()
-            engine.backward(total, last)
+            micro = objective(outputs, batch, counts)
+            totals += micro.shares
+            samples.append(micro.samples)
+            if last:
+                # Before the last backward: under ZeRO it makes the update, too.
+                totals = engine.total(totals)
+                engine.backward(objective.poison(micro, outputs, totals), last)
+            else:
+                engine.backward(micro.loss, last)
     engine.step()
-    return shares
+    return StepLosses(torch.cat([totals, engine.left_out().view(1)]), samples)
 
 
 def dropout_seed(seed: int, phase: str, step: int, micro_batch: int) -> int:
@@ -76,31 +100,51 @@ def dropout_seed(seed: int, phase: str, step: int, micro_batch: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@dataclass(frozen=True)
+class Made:
+    """A step that has been made, on the host."""
+
+    step: int
+    """Over the whole run."""
+    losses: list[float]
+    """The global batch's loss, and each task's."""
+    left_out: bool
+    """Whether its gradients were no numbers."""
+    rows: NDArray[np.int64]
+    """This rank's samples, -1 for padding,"""
+    costs: NDArray[np.float32]
+    """and what each has cost."""
+
+
 class LossLog:
-    """The losses of the steps since the last line in metrics.jsonl; reduced over the ranks when they are asked for."""
+    """The losses of the steps since the last line in metrics.jsonl; they wait on the device until they are wanted."""
 
-    def __init__(self, control: Control, reduced: list[list[float]]):
-        self.control = control
-        self.reduced = list(reduced)
-        self._waiting: list[Tensor] = []
+    def __init__(self, kept: list[list[float]]):
+        self.kept = list(kept)
+        """Of each step that counts: the global batch's loss, and each task's."""
+        self._waiting: list[tuple[int, StepLosses, Tensor]] = []
 
-    def add(self, shares: Tensor) -> None:
-        """Keep a step's shares, on the device."""
-        self._waiting.append(shares)
+    def add(self, step: int, losses: StepLosses, batches: Sequence[Batch]) -> None:
+        """Keep what a step has cost, on the device."""
+        self._waiting.append((step, losses, torch.cat([batch.rows for batch in batches])))
 
-    def rows(self) -> list[list[float]]:
-        """Each step's losses, summed over the ranks; all ranks ask together. Waits for the device."""
-        if self._waiting:
-            local = torch.stack(self._waiting).to("cpu", torch.float64)
-            self.reduced.extend(self.control.total_rows(local).tolist())
-            self._waiting = []
-        return self.reduced
+    def settle(self) -> list[Made]:
+        """The steps since the last call. Waits for the device."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return []
+        totals = torch.stack([losses.totals for _, losses, _ in waiting]).to("cpu", torch.float64).tolist()
+        costs = torch.cat([cost for _, losses, _ in waiting for cost in losses.samples]).cpu().numpy()
+        made, at = [], 0
+        for (step, _, rows), (*each, left_out) in zip(waiting, totals, strict=True):
+            made.append(Made(step, each, bool(left_out), rows.numpy(), costs[at : at + len(rows)]))
+            at += len(rows)
+        return made
 
-    def take_mean(self) -> list[float]:
-        """The mean over those steps; starts anew."""
-        rows = self.rows()
-        self.reduced = []
-        return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    def take_mean(self) -> list[float] | None:
+        """The mean over the steps that count, None if there is none; starts anew."""
+        rows, self.kept = self.kept, []
+        return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None
 
 
 def trace_of(batches: Sequence[Batch], control: Control) -> tuple[list[int], str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,19 +16,34 @@ from torch import Tensor
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.errors import UserError
 from hybrid_dist.training.calibration import calibration_error
+from hybrid_dist.training.tails import TAILS, Tail
 
 Metrics = dict[str, float | None]
+
+
+class Mixed(NamedTuple):
+    """What a micro batch's samples are mixed with: (B,) fp32 shares that are their own, and their partners' labels."""
+
+    shares: Tensor
+    partners: Tensor
 
 
 class Task(ABC):
     """One column of the annotations as something to learn."""
 
-    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...]):
+    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...], tail: Tail):
         self.name = name
         self.kind = config.kind
         self.weight = config.weight
         self.share = config.share(name)
+        self.smoothing = config.smoothing
+        self.tail = tail
         self.classes = classes
+
+    @property
+    @abstractmethod
+    def ignorance(self) -> float:
+        """What a label costs a model that knows nothing; 0 where there is nothing to know."""
 
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
@@ -37,6 +52,17 @@ class Task(ABC):
     @abstractmethod
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         """(B,) fp32 loss of each sample, 0 where it has no label; attached to the graph even if none has."""
+
+    @abstractmethod
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        """(B,) fp32, in 0–1: how much of each sample carries this label in training; 0 or 1 where nothing is mixed."""
+
+    @abstractmethod
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        """As `losses`, with what training alone adds: validation's loss stays comparable from config to config.
+
+        A sample that is labelled in part has that part of the loss.
+        """
 
     @abstractmethod
     def predict(self, output: Tensor) -> Tensor:
@@ -73,7 +99,7 @@ class Task(ABC):
         return {f"{self.name}_label": self.told(target), **texts}
 
 
-_KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...]], Task]] = {}
+_KINDS: dict[str, Callable[[str, TaskConfig, tuple[str, ...], Tail], Task]] = {}
 
 
 def kind(name: str) -> Callable[[type[Task]], type[Task]]:
@@ -86,23 +112,75 @@ def kind(name: str) -> Callable[[type[Task]], type[Task]]:
     return register
 
 
-def make_tasks(configs: Mapping[str, TaskConfig], classes: Mapping[str, tuple[str, ...]]) -> list[Task]:
-    """The run's tasks, in the config's order."""
+def make_tasks(
+    configs: Mapping[str, TaskConfig],
+    classes: Mapping[str, tuple[str, ...]],
+    counts: Mapping[str, NDArray[np.int64]] | None = None,
+) -> list[Task]:
+    """The run's tasks, in the config's order.
+
+    Args:
+        counts: For training, the training table's labels of each class, (K,) by classification task: what `tail`
+            follows from. Without it training's losses don't make up for rare classes.
+    """
     unknown = {config.kind for config in configs.values()} - set(_KINDS)
     if unknown:
         raise UserError(f"tasks: unknown kind {', '.join(sorted(unknown))}; there is {', '.join(_KINDS)}")
-    return [_KINDS[config.kind](name, config, classes.get(name, ())) for name, config in configs.items()]
+    tails = {name: TAILS[configs[name].tail](numbers) for name, numbers in (counts or {}).items()}
+    return [
+        _KINDS[config.kind](name, config, classes.get(name, ()), tails.get(name, Tail()))
+        for name, config in configs.items()
+    ]
 
 
 @kind("classification")
 class Classification(Task):
     """One of K classes: cross-entropy."""
 
+    def __init__(self, name: str, config: TaskConfig, classes: tuple[str, ...], tail: Tail):
+        super().__init__(name, config, classes, tail)
+        self._there: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def ignorance(self) -> float:
+        return math.log(max(len(self.classes), 1))
+
     def valid(self, target: Tensor) -> Tensor:
         return target >= 0
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target, ignore_index=-1, reduction="none")
+
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        own = self.valid(target).float()
+        if mixed is None:
+            return own
+        return mixed.shares * own + (1 - mixed.shares) * self.valid(mixed.partners).float()
+
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        own = self._training_losses(output, target)
+        if mixed is None:
+            return own
+        return mixed.shares * own + (1 - mixed.shares) * self._training_losses(output, mixed.partners)
+
+    def _training_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """With what makes up for rare classes, and label smoothing.
+
+        Smoothing is Szegedy et al.'s, Rethinking the Inception Architecture, CVPR 2016; for the rest see `tails`.
+        """
+        logits = output.float()
+        if self.tail.shifts is not None:
+            logits = logits + self._on_device("shifts", self.tail.shifts, logits.device)
+        losses = F.cross_entropy(logits, target, ignore_index=-1, reduction="none", label_smoothing=self.smoothing)
+        if self.tail.weights is not None:
+            losses = losses * self._on_device("weights", self.tail.weights, logits.device)[target.clamp(min=0)]
+        return losses
+
+    def _on_device(self, name: str, values: NDArray[np.float32], device: torch.device) -> Tensor:
+        # Brought over once: a copy in each step would make the host wait.
+        if (name, device) not in self._there:
+            self._there[name, device] = torch.from_numpy(values).to(device)
+        return self._there[name, device]
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().softmax(dim=-1)
@@ -145,6 +223,10 @@ class Classification(Task):
 class Regression(Task):
     """A score in 0–1: smooth L1."""
 
+    @property
+    def ignorance(self) -> float:
+        return 0.125  # half a unit off
+
     def valid(self, target: Tensor) -> Tensor:
         return ~torch.isnan(target)
 
@@ -152,6 +234,12 @@ class Regression(Task):
         known = self.valid(target)
         each = F.smooth_l1_loss(output.float(), torch.where(known, target, 0.0), reduction="none")
         return torch.where(known, each, 0.0)
+
+    def labelled(self, target: Tensor, mixed: Mixed | None) -> Tensor:
+        return self.valid(_mean(target, mixed)).float()
+
+    def training_losses(self, output: Tensor, target: Tensor, mixed: Mixed | None) -> Tensor:
+        return self.losses(output, _mean(target, mixed))
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float()
@@ -179,6 +267,13 @@ class Regression(Task):
 
     def told(self, target: NDArray[np.generic]) -> list[str]:
         return ["" if np.isnan(label) else f"{label:.6g}" for label in target.astype(np.float64)]
+
+
+def _mean(target: Tensor, mixed: Mixed | None) -> Tensor:
+    """(B,) scores: of a mixed sample the mean of both; none where either has none."""
+    if mixed is None:
+        return target
+    return torch.where(mixed.shares < 1, mixed.shares * target + (1 - mixed.shares) * mixed.partners, target)
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:

@@ -29,6 +29,10 @@ class Validated:
     targets: dict[str, NDArray[Any]]
     losses: dict[str, NDArray[np.float32]]
 
+    def not_finite(self) -> list[str]:
+        """The tasks for which some answer is no number."""
+        return [name for name, values in self.predictions.items() if not np.isfinite(values).all()]
+
 
 Part = tuple[NDArray[np.int64], dict[str, tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32]]]]
 """A batch's rows; and for each task predictions, targets and losses."""

@@ -102,9 +102,9 @@ def test_augmentation_is_told_which_labels_a_sample_really_has(table):
     told = {}
 
     class Recorder(Augment):
-        def __call__(self, picture, present, key):
+        def __call__(self, picture, present, key, harm=None):
             told[picture.shape[1] - 40] = set(present)
-            return super().__call__(picture, present, key)
+            return super().__call__(picture, present, key, harm)
 
     Samples(table, Recorder(SIZE, TASKS, train=True), 1, "a").__getitems__([(0, row) for row in range(ROWS)])
     for row in range(ROWS):

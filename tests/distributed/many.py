@@ -1,22 +1,34 @@
-"""train.py for several configs, one after the other, in one launch: starting processes takes longer than the runs."""
+"""train.py for several configs, one after the other, in one launch: starting processes takes longer than the runs.
+
+POISON in the environment, as JSON, spoils steps of those whose run is called `poisoned`: see poison.py.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 
 from hybrid_dist.config import load_config
 from hybrid_dist.distributed import leave, start
+from hybrid_dist.training import phase
 from hybrid_dist.training.run import run
 from hybrid_dist.training.stop import Stop
+from tests.distributed.poison import poisoned_step
 
 
 def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
+    poison = {int(call): (row, kind) for call, (row, kind) in json.loads(os.environ.get("POISON", "{}")).items()}
     topology = start(configs[0].train.precision, configs[0].train.stall_timeout)
+    plain, code = phase.train_step, 0
     try:
-        return max(run(config, topology, Stop(), None, False) for config in configs)
+        for config in configs:
+            phase.train_step = poisoned_step(poison) if config.run.name == "poisoned" else plain
+            code = max(code, run(config, topology, Stop(), None, False))
     finally:
         leave()
+    return code
 
 
 if __name__ == "__main__":

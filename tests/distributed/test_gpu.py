@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from tests.conftest import launch, read_lines, tiny_values
 
@@ -19,10 +20,12 @@ pytestmark = [
 ]
 
 
-def train(data: Path, folder: Path, config_file: str | None, precision: str, gpu: bool) -> list[dict]:
+def train(
+    data: Path, folder: Path, config_file: str | None, precision: str, gpu: bool, deterministic: bool = False
+) -> list[dict]:
     folder.mkdir()
     values = tiny_values(data, folder)
-    values["train"]["precision"] = precision
+    values["train"] |= {"precision": precision, "deterministic": deterministic}
     YAML().dump(values, folder / "config.yaml")
     extra = ("--num_processes", "1") if config_file else ()
     launch("--config", str(folder / "config.yaml"), config_file=config_file, extra=extra, gpu=gpu)
@@ -48,3 +51,12 @@ def test_gpu_follows_cpu(config_file: str, precision: str, bound: float, tiny_da
     assert have[-1]["grad_norm"] == pytest.approx(want[-1]["grad_norm"], rel=10 * bound)
     for one, other in zip(want, have, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=bound), f"step {one['step']}"
+
+
+@pytest.mark.parametrize("config_file", ["single_gpu", "zero2"])
+def test_deterministic_is_to_the_bit(config_file: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: an operation whose sum depends on which thread comes first; one that has no deterministic algorithm."""
+    lines = [train(tiny_data, tmp_path / name, config_file, "bf16", gpu=True, deterministic=True) for name in "ab"]
+    assert lines[0] == lines[1]
+    one, other = (load_file(tmp_path / name / "runs" / "tiny" / "model" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig, load_config
+from hybrid_dist.config import PARTS, BranchConfig, ModelConfig, TaskConfig, load_config
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.fusion import FUSIONS
 from hybrid_dist.model.heads import Linear32
-from hybrid_dist.model.hybrid import PARTS, Hybrid, build_model, check_model, describe
+from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZE = 96

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from hybrid_dist import cli
-from hybrid_dist.config import load_config
+from hybrid_dist.config import Config, load_config
 from hybrid_dist.distributed import tuning
 from hybrid_dist.plan import Plan, Planner, fit
 from hybrid_dist.plan.table import advice
@@ -63,6 +63,19 @@ def test_more_memory_is_never_worse(planner: Planner) -> None:
             assert now >= before
         before = now
     assert before == (0, 4), "everything fits: DDP, and the largest micro batch"
+
+
+def test_phases_of_different_sizes(config_file: Path) -> None:
+    """Catches: a phase that is planned with another one's pictures, or the windows that belong to them."""
+    config = load_config(config_file, ["phases.1.image_size=64", 'phases.1.trainable=["all"]'])
+    both, alone = (Planner(each, CLASSES, 1, 80_000_000_000, "cuda") for each in (config, resized(config, 64)))
+    small, large = (both.row(phase, both.strategies[0], 4) for phase in "bc")
+    assert small == alone.row("b", both.strategies[0], 4)
+    assert large.activations > 2 * small.activations
+
+
+def resized(config: Config, size: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"image_size": size})})
 
 
 def test_what_grows_with_what(planner: Planner, config_file: Path) -> None:

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 
-from hybrid_dist.config import BranchConfig, ModelConfig, TaskConfig
+from hybrid_dist.config import BranchConfig, ModelConfig, PhaseConfig, TaskConfig
+from hybrid_dist.errors import UserError
 from hybrid_dist.model.hybrid import Hybrid, build_model
-from hybrid_dist.training.optim import learning_rate, param_groups
+from hybrid_dist.training.optim import learning_rate, param_groups, peak_rates
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,39 @@ def test_tables_and_what_timm_exempts_are_spared(name, exempt):
         model = build_model(config, {"s": TaskConfig(kind="regression", column="s")}, {}, 256, 0, load=False)
     spared = {name for group in param_groups(model, 0.1) if group["weight_decay"] == 0 for name in group["names"]}
     assert {f"transformer.net.{entry}" for entry in exempt} <= spared
+
+
+def test_rates_of_layers_are_timms(model):
+    """Catches layers counted from the wrong end or without the frozen ones, and one part at the rate of another."""
+    lr = {"heads": 1e-3, "fusion": 5e-4, "cnn": 2e-4, "transformer": 1e-4}
+    phase = PhaseConfig(name="c", trainable=["all"], steps=1, lr=lr, layer_decay=0.7)
+    model.set_trainable(["all"])
+    peaks = peak_rates(model, phase)
+    expected = {name: lr[name.partition(".")[0]] for name in peaks}
+    for part, branch in model.branches().items():
+        names = {id(parameter): f"{part}.net.{name}" for name, parameter in branch.net.named_parameters()}
+        for group in param_groups_layer_decay(branch.net, layer_decay=0.7):
+            expected.update({names[id(p)]: lr[part] * group["lr_scale"] for p in group["params"]})
+    assert peaks == pytest.approx(expected, rel=1e-12)
+    assert len(set(peaks.values())) > 12
+    groups = param_groups(model, 0.05, peaks=peaks)
+    for group in groups:
+        assert [peaks[name] for name in group["names"]] == pytest.approx(
+            [1e-3 * group["lr_scale"]] * len(group["names"])
+        )
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    model.set_trainable(["cnn.*stages.1*"])
+    lower = peak_rates(model, phase)
+    assert lower == {name: peaks[name] for name in lower} and len(lower) > 4, "the depth is the backbone's"
+    assert max(group["lr_scale"] for group in param_groups(model, 0.05, peaks=lower)) == 1.0
+
+
+def test_a_part_without_a_rate_is_named(model):
+    """Catches a part that trains at some other part's rate, or not at all."""
+    model.set_trainable(["heads", "fusion", "cnn.*stages.1*"])
+    rates = {"heads": 1e-3, "transformer": 1e-4}
+    with pytest.raises(UserError, match=r"^lr: no rate for cnn and fusion.*one number"):
+        peak_rates(model, PhaseConfig(name="a", trainable=["heads"], steps=1, lr=rates))
 
 
 def test_rate_at_chosen_steps():

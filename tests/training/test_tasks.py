@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hybrid_dist.config import TaskConfig
-from hybrid_dist.training.tasks import Metrics, Task, make_tasks, score
+from hybrid_dist.data.dataset import Batch, Mix
+from hybrid_dist.data.mix import WHOLE
+from hybrid_dist.training.step import label_counts
+from hybrid_dist.training.tasks import Metrics, Mixed, Task, make_tasks, score
 
 NAN = math.nan
 
 
-def make(name: str, kind: str, classes: tuple[str, ...] = ()) -> Task:
-    config = TaskConfig.model_validate({"kind": kind, "column": f"{name}name"})
+def make(name: str, kind: str, classes: tuple[str, ...] = (), **more: Any) -> Task:
+    config = TaskConfig.model_validate({"kind": kind, "column": f"{name}name", **more})
     return make_tasks({name: config}, {name: classes})[0]
 
 
@@ -26,6 +31,54 @@ def test_classification_loss_by_hand() -> None:
     losses = task.losses(output, torch.tensor([0, -1, 2]))
     assert losses.tolist() == pytest.approx([-math.log(math.e**2 / (math.e**2 + 2)), 0.0, math.log(3)])
     assert task.valid(torch.tensor([0, -1, 2])).tolist() == [True, False, True]
+
+
+def test_smoothing_is_torchs_in_training_alone() -> None:
+    """Catches: a smoothed val/loss, a blank label that costs something, and smoothing where there are no classes."""
+    task = make("type", "classification", ("A", "B", "C"), smoothing=0.3)
+    output, target = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0], [0.1, 0.2, 5.0]]), torch.tensor([0, -1, 2])
+    logs = output.log_softmax(dim=1)
+    by_hand = [-(0.8 * logs[0, 0] + 0.1 * logs[0, 1] + 0.1 * logs[0, 2]), 0.0]
+    by_hand += [-(0.1 * logs[2, 0] + 0.1 * logs[2, 1] + 0.8 * logs[2, 2])]
+    assert task.training_losses(output, target, None).tolist() == pytest.approx([float(loss) for loss in by_hand])
+    torch.testing.assert_close(
+        task.training_losses(output, target, None)[::2],
+        F.cross_entropy(output, target.clamp(min=0), label_smoothing=0.3, reduction="none")[::2],
+    )
+    plain = make("type", "classification", ("A", "B", "C"))
+    assert torch.equal(task.losses(output, target), plain.training_losses(output, target, None))
+    with pytest.raises(ValueError, match="smoothing: 0 would do"):
+        make("clarity", "regression", smoothing=0.1)
+
+
+def test_mixed_losses_by_hand() -> None:
+    """Catches: a missing label of one of the two pictures that costs something, or takes the other one's loss along;
+    a mean of scores of which one is blank; parts of labels counted as whole ones or summed in an order that matters."""
+    kind, value = make("type", "classification", ("A", "B", "C")), make("rust", "regression")
+    output = torch.tensor([[2.0, 0.5, -1.0]] * 5)
+    costs = (-output[0].log_softmax(dim=0)).tolist()
+    own, partners = torch.tensor([0, -1, 2, -1, 1]), torch.tensor([1, 1, -1, -1, -1])
+    shares = torch.tensor([0.75, 0.75, 0.75, 0.75, 1.0])
+    losses = kind.training_losses(output, own, Mixed(shares, partners)).tolist()
+    assert losses == pytest.approx(
+        [0.75 * costs[0] + 0.25 * costs[1], 0.25 * costs[1], 0.75 * costs[2], 0.0, costs[1]], abs=1e-6
+    )
+    assert kind.labelled(own, Mixed(shares, partners)).tolist() == [1.0, 0.25, 0.75, 0.0, 1.0]
+
+    scores, others = torch.tensor([0.4, NAN, 0.4, NAN, 0.8]), torch.tensor([0.8, 0.8, NAN, NAN, NAN])
+    losses = value.training_losses(torch.full((5,), 0.9), scores, Mixed(shares, others)).tolist()
+    assert losses == pytest.approx([0.5 * 0.4**2, 0.0, 0.0, 0.0, 0.5 * 0.1**2], abs=1e-6)
+    assert value.labelled(scores, Mixed(shares, others)).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+    def batch(places: slice) -> Batch:
+        mix = Mix(shares[places], {"type": partners[places], "rust": others[places]})
+        labels = {"type": own[places], "rust": scores[places]}
+        return Batch(torch.zeros(len(own[places])), labels, torch.arange(5)[places], mix=mix)
+
+    whole = label_counts([kind, value], [batch(slice(0, 5))])
+    assert whole == [3 * WHOLE, 2 * WHOLE, 5]
+    halves = [label_counts([kind, value], [batch(half)]) for half in (slice(0, 2), slice(2, 5))]
+    assert [sum(counts) for counts in zip(*halves, strict=True)] == whole
 
 
 def test_regression_loss_by_hand() -> None:

@@ -14,7 +14,7 @@ from hybrid_dist.data.check.findings import EXAMPLES, SEVERITIES, Finding
 from hybrid_dist.data.check.folders import Files, folder_findings, named_files
 from hybrid_dist.data.check.pictures import Facts, Pictures, measure
 from hybrid_dist.data.check.sizes import aspect_ratio, picture_findings
-from hybrid_dist.data.check.tables import Split, class_counts, read_splits, table_findings
+from hybrid_dist.data.check.tables import Split, read_splits, table_findings
 from hybrid_dist.data.source import is_remote
 from hybrid_dist.errors import UserError
 
@@ -85,7 +85,7 @@ class DataCheck:
             histogram, _ = np.histogram(values, BINS, (0, 1))
             return figures | {"scores": _spread(values), "histogram": histogram.tolist()}
         class_map = split.survey.class_maps[task]
-        counts = class_counts(split.table, task, class_map)
+        counts = split.table.class_counts(task, class_map)
         return figures | {"classes": {name: int(count) for name, count in zip(class_map.classes, counts, strict=True)}}
 
 
@@ -125,7 +125,7 @@ def check_data(
 
     tell(0)
     pictures = _spread_out(measure(there, workers, tell), files.there)
-    findings += picture_findings(splits, files, pictures, config.data.image_size)
+    findings += picture_findings(splits, files, pictures, max(config.sizes))
     findings += copy_findings(splits, files, pictures)
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return DataCheck(config, splits, files, pictures, findings)

@@ -107,13 +107,8 @@ def _blank_rows(split: Split, table: Table) -> Iterator[Finding]:
         yield Finding("unlabelled", split.name, what, len(rows), split.examples(rows))
 
 
-def class_counts(table: Table, task: str, class_map: ClassMap) -> np.ndarray:
-    """Rows of each class: int64 (classes,)."""
-    return np.bincount(table.labels[task][table.valid(task)], minlength=len(class_map))
-
-
 def _training_classes(split: Split, table: Table, task: str, class_map: ClassMap) -> Iterator[Finding]:
-    counts = class_counts(table, task, class_map)
+    counts = table.class_counts(task, class_map)
     if np.count_nonzero(counts) == 1:
         name = class_map.classes[int(np.argmax(counts))]
         yield Finding("one-class", split.name, f"{split.name}: task {task} has one class alone, {name!r}", 1)
@@ -153,7 +148,7 @@ def _between(train: Table, split: Split, val: Table, class_maps: Mapping[str, Cl
             yield Finding("val-no-label", split.name, f"val: no label for task {task} ({split.csv})", 1)
             known.pop(task, None)
     for task, class_map in known.items():
-        trained, tested = (class_counts(table, task, class_map) for table in (train, val))
+        trained, tested = (table.class_counts(task, class_map) for table in (train, val))
         gone = np.flatnonzero((trained > 0) & (tested == 0))
         if len(gone):
             what = f"val: {plural(len(gone), 'class')} of task {task} in train alone"
