@@ -143,7 +143,8 @@ class Planner:
             phase=phase, launch=strategy.name, micro_batch=micro_batch, accumulation=process.setting.accumulation,
             parameters=process.states.parameters, gradients=process.states.gradients,
             optimizer=process.states.optimizer, ema=process.states.average,
-            activations=process.timeline.saved(micro_batch), buckets=process.communication, workspace=workspace, peak=total, fullest=when,
+            activations=process.timeline.saved(micro_batch), buckets=process.communication,
+            workspace=workspace, peak=total, fullest=when,
             host=process.host + saved, fits=total <= self.memory, pace=self.pace(phase, strategy, micro_batch),
             sent=self.sent(phase, strategy, micro_batch),
         )  # fmt: skip
