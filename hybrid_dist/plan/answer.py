@@ -18,6 +18,8 @@ class Row:
     parameters: int
     gradients: int
     optimizer: int
+    ema: int
+    """The running mean of the weights, if `train.ema` asks for one."""
     activations: int
     """What autograd keeps from the forward to the backward pass."""
     buckets: int

@@ -58,13 +58,6 @@ class Rules(NamedTuple):
     trainable: tuple[str, ...]
 
 
-class Rules(NamedTuple):
-    """What a phase lets train, of the model for its size of pictures."""
-
-    image_size: int
-    trainable: tuple[str, ...]
-
-
 class Planner:
     """Plans one config on so many processes; what it has traced it keeps."""
 
@@ -94,6 +87,7 @@ class Planner:
         self.machine = machine
         self.pictures = pictures
         self.precision = config.train.precision
+        self.averages = config.train.ema is not None
         if machine is not None:
             machine.device.flops(self.precision)
         self.fakes = {size: FakeModel(config, classes, size) for size in config.sizes}
@@ -129,7 +123,7 @@ class Planner:
         if rank is None:
             rank = fullest_rank(parameters, strategy.stage, self.processes)
         low = self.precision in AUTOCAST
-        setting = Setting(strategy, self.processes, micro_batch, accumulation, low, self.device)
+        setting = Setting(strategy, self.processes, micro_batch, accumulation, low, self.device, self.averages)
         held = self.fakes[rules.image_size].buffer_bytes()
         return Process(setting, self._timeline(rules, strategy.stage == 3), parameters, held, rank)
 
@@ -148,8 +142,9 @@ class Planner:
         return Row(
             phase=phase, launch=strategy.name, micro_batch=micro_batch, accumulation=process.setting.accumulation,
             parameters=process.states.parameters, gradients=process.states.gradients,
-            optimizer=process.states.optimizer, activations=process.timeline.saved(micro_batch),
-            buckets=process.communication, workspace=workspace, peak=total, fullest=when,
+            optimizer=process.states.optimizer, ema=process.states.average,
+            activations=process.timeline.saved(micro_batch), buckets=process.communication,
+            workspace=workspace, peak=total, fullest=when,
             host=process.host + saved, fits=total <= self.memory, pace=self.pace(phase, strategy, micro_batch),
             sent=self.sent(phase, strategy, micro_batch),
         )  # fmt: skip
@@ -306,8 +301,9 @@ class Planner:
         return passes(line.work, micro_batch, self.machine.device, self.precision)
 
     def _checkpoint_copy(self, parameters: Sequence[Parameter]) -> int:
-        """Bytes of this process's share of a checkpoint: weights, and moments of what trains."""
-        kept = sum(parameter.numel * (1 + MOMENTS * parameter.trainable) for parameter in parameters)
+        """Bytes of this process's share of a checkpoint: weights, and moments and mean of what trains."""
+        each = MOMENTS + self.averages
+        kept = sum(parameter.numel * (1 + each * parameter.trainable) for parameter in parameters)
         return FP32 * kept // self.processes
 
     def _trained(self, rules: Rules) -> list[Parameter]:

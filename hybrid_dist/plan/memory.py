@@ -34,6 +34,8 @@ class Setting:
     """Under autocast."""
     device: str
     """`cuda` or `cpu`. On the CPU what is offloaded lies in the same memory."""
+    averages: bool = False
+    """With a running mean of the weights."""
 
 
 class Process:
@@ -48,7 +50,7 @@ class Process:
         self.timeline = timeline
         self.parameters = parameters
         self.share: Shares = shares(parameters, self.strategy.stage, setting.processes, rank)
-        self.states: States = states(self.strategy, self.share, parameters, buffer_bytes)
+        self.states: States = states(self.strategy, self.share, parameters, buffer_bytes, setting.averages)
         self.accumulates = setting.accumulation > 1
         trainable = [parameter.numel for parameter in parameters if parameter.trainable]
         total = sum(parameter.numel for parameter in parameters)
@@ -80,10 +82,10 @@ class Process:
             # Parts of the parameters and gradients, these once more, and what the optimizer works on.
             trained = by_group if self.strategy.offload_parameters else 0
             frozen = max(self.states.host_parameters - part, 0)
-            return frozen + trained + by_group + pinned(part) + (1 + MOMENTS) * part
+            return frozen + trained + by_group + pinned(part) + (1 + MOMENTS) * part + self.states.host_average
         # What the optimizer works on, what it sends back, gradients; and those of earlier micro batches.
         aside = FP32 * self.share.touched if self.accumulates else 0
-        return 3 * by_group + MOMENTS * part + pinned(FP32 * self.largest) + aside
+        return 3 * by_group + MOMENTS * part + pinned(FP32 * self.largest) + aside + self.states.host_average
 
     def _pinned(self, size: int) -> int:
         """Bytes of page-locked memory, of which torch makes powers of two."""
@@ -120,7 +122,7 @@ class Process:
         """
         gradients, done = self.states.gradients, self._handed_over
         ddp = self.setting.processes > 1
-        held = self.states.parameters + self.states.optimizer + (gradients if ddp else 0)
+        held = self.states.parameters + self.states.optimizer + self.states.average + (gradients if ddp else 0)
         if self.accumulates:
             yield from self._passes(held, self._live + done)
             yield from self._passes(held, self._live + (gradients - done if ddp else gradients))
@@ -134,7 +136,7 @@ class Process:
 
     def _optimizer_split(self) -> Iterator[Moment]:
         """ZeRO 1 and 2: gradients go through buckets, their sums into tensors of this process's own."""
-        held = self.states.parameters + self.states.optimizer + self._offload()
+        held = self.states.parameters + self.states.optimizer + self.states.average + self._offload()
         own = 0 if self.strategy.offload_optimizer else FP32 * self.share.touched
         first = self.timeline.trace.gradients[0][0]
         buckets = np.zeros(len(self._live))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.strategies import PERSISTENT, Strategy
@@ -26,14 +26,17 @@ class States:
     host_parameters: int = 0
     host_gradients: int = 0
     host_optimizer: int = 0
+    average: int = 0
+    """The running mean of the weights, where the optimizer keeps those that it updates."""
+    host_average: int = 0
 
     @property
     def device(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.average
 
     @property
     def host(self) -> int:
-        return self.host_parameters + self.host_gradients + self.host_optimizer
+        return self.host_parameters + self.host_gradients + self.host_optimizer + self.host_average
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,16 @@ def grouped(parameters: Iterable[Parameter]) -> list[list[int]]:
     return [groups[index] for index in sorted(groups)]
 
 
-def states(strategy: Strategy, share: Shares, parameters: Sequence[Parameter], buffer_bytes: int) -> States:
-    """What one process keeps; on several, with its own `share`."""
+def states(
+    strategy: Strategy, share: Shares, parameters: Sequence[Parameter], buffer_bytes: int, averages: bool = False
+) -> States:
+    """What one process keeps; on several, with its own `share`. `averages`: a running mean of the weights, too."""
+    found = _states(strategy, share, parameters, buffer_bytes)
+    mean = FP32 * (share.trainable if strategy.stage == 0 else sum(share.part)) if averages else 0
+    return replace(found, **{"host_average" if strategy.offload_optimizer else "average": mean})
+
+
+def _states(strategy: Strategy, share: Shares, parameters: Sequence[Parameter], buffer_bytes: int) -> States:
     if strategy.stage == 0:
         trainable = FP32 * share.trainable
         steps = FP32 * sum(parameter.trainable for parameter in parameters)

@@ -19,7 +19,11 @@ WIDTH = 180
 """Characters that the table needs, whatever there is."""
 # What `accelerate launch` starts by itself.
 USUAL_PROCESSES = {"single_gpu": 1, "cpu": 1}
-COLUMNS = ("weights", "gradients", "optimizer", "activations", "buckets", "workspace", "peak", "host")
+COLUMNS = {
+    "weights": "parameters", "gradients": "gradients", "optimizer": "optimizer", "ema": "ema",
+    "activations": "activations", "buckets": "buckets", "workspace": "workspace", "peak": "peak", "host": "host",
+}  # fmt: skip
+"""Of a `Row`, by what they are called; in GB."""
 PACE = ("sent", "pictures/s")
 
 
@@ -52,21 +56,18 @@ def print_plan(plan: Plan, machine: Machine, config: str, overrides: Sequence[st
 def table(plan: Plan) -> Table:
     """For each phase and launch file its largest micro batch that fits, or the smallest there is. In GB a process."""
     found = Table(box=None, pad_edge=False)
-    for column in ("phase", "launch file", "micro batch", *COLUMNS, "fullest in", *PACE, "held up by", ""):
-        right = column in ("micro batch", *COLUMNS, *PACE)
+    columns = {name: key for name, key in COLUMNS.items() if key != "ema" or any(row.ema for row in plan.rows)}
+    for column in ("phase", "launch file", "micro batch", *columns, "fullest in", *PACE, "held up by", ""):
+        right = column in ("micro batch", *columns, *PACE)
         found.add_column(column, justify="right" if right else "left", no_wrap=True)
     before = None
     for row in shown(plan.rows):
         if before not in (None, row.phase):
             found.add_section()
-        figures = (
-            row.parameters, row.gradients, row.optimizer, row.activations, row.buckets, row.workspace, row.peak,
-            row.host,
-        )  # fmt: skip
         pace = row.pace
         found.add_row(
             row.phase if row.phase != before else "", row.launch, str(row.micro_batch),
-            *(f"{figure / GB:.2f}" for figure in figures), row.fullest,
+            *(f"{getattr(row, key) / GB:.2f}" for key in columns.values()), row.fullest,
             *((f"{row.sent / GB:.2f}", _digits(pace.images_per_s), pace.bottleneck) if pace else ("", "", "")),
             "fits" if row.fits else "too large", style=None if row.fits else "red",
         )  # fmt: skip

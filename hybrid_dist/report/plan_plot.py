@@ -15,7 +15,7 @@ from hybrid_dist.report.plots import COLOURS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "buckets", "workspace")
+PARTS = ("parameters", "gradients", "optimizer", "ema", "activations", "buckets", "workspace")
 GREY = "#a5a5a5"
 
 
@@ -51,7 +51,7 @@ def _memory(axes: Axes, plan: Plan, phase: str) -> None:
     rows: list[Row] = [row for row in shown(plan.rows) if row.phase == phase]
     names = [f"{row.launch}\n× {row.micro_batch}" for row in rows]
     bottom = [0.0] * len(rows)
-    for part, colour in zip(PARTS, (*COLOURS[:5], GREY), strict=True):
+    for part, colour in zip(PARTS, (*COLOURS[:6], GREY), strict=True):
         heights = [getattr(row, part) / GB for row in rows]
         axes.bar(names, heights, bottom=bottom, color=colour, label=part, width=0.7)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

@@ -54,6 +54,12 @@ def test_states_by_hand() -> None:
     assert by_name["zero3"].parameters < by_name["zero2"].parameters
     assert by_name["zero2_offload"].optimizer == 0 < by_name["zero2_offload"].host_optimizer
     assert by_name["zero3_offload"].device < by_name["zero3"].device
+    for strategy in (ONE_PROCESS, *SEVERAL):
+        share = shares(parameters(), strategy.stage, 2, 0)
+        without, averaged = (states(strategy, share, parameters(), 0, averages) for averages in (False, True))
+        mean = 4 * (trained if strategy.stage == 0 else sum(share.part))
+        kept = "host" if strategy.offload_optimizer else "device"
+        assert getattr(averaged, kept) == getattr(without, kept) + mean
 
 
 def test_launch_files_say_the_same() -> None:
