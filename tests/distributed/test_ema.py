@@ -1,4 +1,4 @@
-"""Rates per part and layer, the weights' running mean, patience: the same on every topology, and over every resume."""
+"""Rates per part and layer, a running mean, patience, another size: the same on every topology and resumed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ PHASES: list[dict[str, Any]] = [
     {
         "name": "b", "trainable": ["all"], "steps": 4, "start": "last", "layer_decay": 0.7,
         "lr": {"heads": 1e-3, "fusion": 1e-3, "transformer": 5e-4, "cnn": 2e-4},
+        "image_size": 64,  # Swin's tables are resampled on the way to it and back
     },
     # No weight moves at this rate, so that the second validation is no better than the first.
     {"name": "c", "trainable": ["heads"], "steps": 40, "lr": 1e-30, "patience": 1},

@@ -1,4 +1,7 @@
-"""A phase whose pictures have another size: carried over from the phase before, gone on with, used afterwards."""
+"""A phase whose pictures have another size: carried over from the phase before, gone on with, used.
+
+On several processes: test_ema.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ruamel.yaml import YAML
-from safetensors.torch import load_file
 
 import hybrid_dist
 import train
@@ -18,7 +19,7 @@ from hybrid_dist import cli
 from hybrid_dist.checkpoint import inspect
 from hybrid_dist.config import load_config
 from hybrid_dist.inference.found import find_model
-from tests.conftest import launch, read_lines, tiny_values
+from tests.conftest import tiny_values
 from tests.distributed.resumed import leave_at
 from tests.distributed.running import expect_same_run
 
@@ -108,19 +109,6 @@ def test_resumed_and_packed_is_the_same(
         folder = tmp_path / f"from-{step}"
         leave_at(whole, folder / "runs" / "tiny", step)
         expect_same_run(run_here(write(tiny_data, folder)), whole)
-
-
-def test_zero_3_is_one_process(whole: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Catches: tables that are resampled in a rank's part, or moments that go to other places under ZeRO 3."""
-    config = write(tiny_data, tmp_path / "zero3")
-    launch(str(config), config_file="zero3", script="tests/distributed/many.py")
-    run = tmp_path / "zero3" / "runs" / "tiny"
-    wants, haves = read_lines(whole / "trace.jsonl"), read_lines(run / "trace.jsonl")
-    assert [line["digest"] for line in haves] == [line["digest"] for line in wants]
-    assert [line["loss"] for line in haves] == pytest.approx([line["loss"] for line in wants], rel=1e-5)
-    best, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, run))
-    for name, values in best.items():
-        torch.testing.assert_close(other[name], values, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_sizes_that_nothing_fits_are_refused(
