@@ -38,6 +38,7 @@ from hybrid_dist.distributed import Engine, Topology, leave, make_engine, start
 from hybrid_dist.model.hybrid import build_model
 from hybrid_dist.plan import Planner
 from hybrid_dist.plan.split import ASSUMED
+from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.optim import param_groups
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks
@@ -182,11 +183,11 @@ def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str
             # DDP's buckets are known to Python only while gradients lie in them.
             used.append(everything() | (gradients.keys() if topology.world_size > 1 else set()))
         with record_function(MARK) if measured else contextlib.nullcontext():
-            train_step(engine, tasks, work, counts, [0] * accumulation, topology.device, lambda _: None)
+            train_step(engine, Objective(tasks), work, counts, [0] * accumulation, topology.device, lambda _: None)
     found = {"gradients": sum(gradients.values()), "parameters": sum(parameter_storages(engine).values())}
     found["optimizer"] = sum(optimizer_storages(engine).values())
     with Sent(topology.world_size) as sent:
-        train_step(engine, tasks, work, counts, [0] * accumulation, topology.device, lambda _: None)
+        train_step(engine, Objective(tasks), work, counts, [0] * accumulation, topology.device, lambda _: None)
     found["sent"] = round(sent.bytes)
     engine.close()
     return found, used

@@ -334,7 +334,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "deterministic", "stall_timeout"},
+    "train": {"micro_batch_size", "max_bad_steps", "deterministic", "stall_timeout"},
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hybrid_dist.config import Config, TaskConfig, load_config
 from hybrid_dist.data.annotations import Table, read_training
 from hybrid_dist.data.augment import Augment
-from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader
+from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader, training_samples
 from hybrid_dist.data.order import TrainSampler
 from hybrid_dist.data.packed import Packed, Stale, open_packed
 from hybrid_dist.data.source import Source
@@ -52,16 +52,17 @@ def sampled_rate(config: Config, table: Table) -> float | None:
     copy = ways.get("packed")
     if copy is None and not (table.images / table.filename(0)).is_file():
         return None
-    return rate(our_loader(table, config.tasks, config.final_size, SAMPLED, copy), SAMPLED)
+    return rate(_loader(training_samples(config, table, config.final_size, "bench", copy), SAMPLED), SAMPLED)
 
 
 def _ways(config: Config, table: Table) -> dict[str, Packed | None]:
     """How the training split can be read here: `plain` from its files, `packed` from a copy that fits."""
     source = Source(config.data.train_images)
     ways: dict[str, Packed | None] = {} if source.remote else {"plain": None}
+    packed = None
     with contextlib.suppress(Stale):
-        ways["packed"] = open_packed(table, config.final_size, source)
-    return ways
+        packed = open_packed(table, config.final_size, source)
+    return {**ways, "packed": packed} if packed is not None else ways
 
 
 def describe_rates(name: str, rates: Sequence[float], config: Config) -> dict[str, Any]:
@@ -75,12 +76,14 @@ def describe_rates(name: str, rates: Sequence[float], config: Config) -> dict[st
 def our_loader(
     table: Table, tasks: Mapping[str, TaskConfig], image_size: int, pictures: int, packed: Packed | None
 ) -> BatchLoader:
-    """A training loader with one process, for `pictures` and the warm-up."""
-    samples = Samples(table, Augment(image_size, tasks, train=True), 0, "bench", packed=packed)
+    """A training loader with one process, for `pictures` and the warm-up; augmented, but nothing mixed or degraded."""
+    return _loader(Samples(table, Augment(image_size, tasks, train=True), 0, "bench", packed=packed), pictures)
+
+
+def _loader(samples: Samples, pictures: int) -> BatchLoader:
     steps = pictures // MICRO_BATCH + WARM_UP
-    return make_loader(
-        samples, TrainSampler(len(table), MICRO_BATCH, MICRO_BATCH, 0, 1, 0, "bench", 0, steps), 1, False
-    )
+    order = TrainSampler(len(samples), MICRO_BATCH, MICRO_BATCH, 0, 1, 0, "bench", 0, steps)
+    return make_loader(samples, order, 1, False)
 
 
 def rate(batches: Iterable[Any], pictures: int) -> float:

@@ -62,6 +62,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpu-memory {arguments.gpu_memory:g}: in GB of 10⁹ bytes; 24 or 80, say")
     if arguments.gpus_per_node < 1:
         raise UserError(f"--gpus-per-node {arguments.gpus_per_node}: 1 or more would do")
+    gpus, each = arguments.gpus, arguments.gpus_per_node
+    if gpus > each and gpus % each:
+        fit = f"--gpus {gpus // each * each} or {(gpus // each + 1) * each}"
+        raise UserError(
+            f"--gpus {gpus}: that is no whole number of nodes of {each}; {fit}, or another --gpus-per-node would do"
+        )
     for option, value in (("--network", arguments.network), ("--loader-rate", arguments.loader_rate)):
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: more than 0 would do")

@@ -18,10 +18,12 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from hybrid_dist.config import Config
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
+from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.degrade import Degrade
-from hybrid_dist.data.mix import Draw, Mixing
+from hybrid_dist.data.mix import Draw, Mixing, alphas
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
@@ -37,12 +39,14 @@ MOST_WORKERS = 16
 class Mix:
     """What a batch's samples are mixed with.
 
-    shares: float32 (m,), in 0–1: the own picture's; 1 where a sample is not mixed.
     labels: per task (m,), the partners', as in `Batch`: none where a sample is not mixed.
+    shares: float32 (m,), in 0–1: the own picture's; 1 where a sample is not mixed.
+    rows: int64 (m,), the partners' rows of the CSV, -1 where a sample is not mixed.
     """
 
-    shares: torch.Tensor
     labels: dict[str, torch.Tensor]
+    shares: torch.Tensor
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,13 @@ class Batch:
             images=self.images.pin_memory(),
             labels=_pinned(self.labels),
             rows=self.rows.pin_memory(),
-            mix=None if mix is None else Mix(mix.shares.pin_memory(), _pinned(mix.labels)),
+            mix=None if mix is None else Mix(_pinned(mix.labels), mix.shares.pin_memory(), mix.rows),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through the worker queue a tensor goes as a shared memory file with a descriptor: only pixels are worth that.
         digests = None if self.digests is None else self.digests.numpy()
-        mix = None if self.mix is None else (self.mix.shares.numpy(), _arrays(self.mix.labels))
+        mix = None if self.mix is None else (_arrays(self.mix.labels), self.mix.shares.numpy(), self.mix.rows.numpy())
         return _rebuild, (self.images, _arrays(self.labels), self.rows.numpy(), digests, self.bad, mix)
 
 
@@ -101,7 +105,7 @@ def _rebuild(
     rows: np.ndarray,
     digests: np.ndarray | None,
     bad: dict[int, str],
-    mix: tuple[np.ndarray, dict[str, np.ndarray]] | None,
+    mix: tuple[dict[str, np.ndarray], np.ndarray, np.ndarray] | None,
 ) -> Batch:
     return Batch(
         images,
@@ -109,7 +113,7 @@ def _rebuild(
         torch.from_numpy(rows),
         None if digests is None else torch.from_numpy(digests),
         bad,
-        None if mix is None else Mix(torch.from_numpy(mix[0]), _tensors(mix[1])),
+        None if mix is None else Mix(_tensors(mix[0]), torch.from_numpy(mix[1]), torch.from_numpy(mix[2])),
     )
 
 
@@ -175,7 +179,7 @@ class Samples(Dataset[Batch]):
         rows = np.array([row for _, row in keys], np.int64)
         labels = self._labels(rows)
         partners = self._labels(np.full_like(rows, PADDING)) if self.mixing is not None else {}
-        shares = np.ones(len(keys), np.float32)
+        shares, others = np.ones(len(keys), np.float32), np.full_like(rows, PADDING)
         images = np.zeros((len(keys), size, size, 3), np.uint8)
         digests = np.zeros(len(keys), np.int64)
         bad: dict[int, str] = {}
@@ -191,7 +195,7 @@ class Samples(Dataset[Batch]):
                 _Labels(labels, place).keep(())
                 continue
             own, other = _Labels(labels, place), _Labels(partners, place)
-            images[place], shares[place] = self._sample(picture, (turn, row), own, other, bad)
+            images[place], shares[place], others[place] = self._sample(picture, (turn, row), own, other, bad)
             if self.digest:
                 digests[place] = pixel_digest(images[place])
         self.whereabouts.set(PADDING)
@@ -201,13 +205,15 @@ class Samples(Dataset[Batch]):
             torch.from_numpy(rows),
             torch.from_numpy(digests) if self.digest else None,
             bad,
-            Mix(torch.from_numpy(shares), _tensors(partners)) if self.mixing is not None else None,
+            None
+            if self.mixing is None
+            else Mix(_tensors(partners), torch.from_numpy(shares), torch.from_numpy(others)),
         )
 
     def _sample(
         self, picture: np.ndarray, key: Key, own: _Labels, other: _Labels, bad: dict[int, str]
-    ) -> tuple[np.ndarray, float]:
-        """A sample's pixels, and its own picture's share in them; sees to its labels, its partner's and bad partners.
+    ) -> tuple[np.ndarray, float, int]:
+        """A sample's pixels, its own picture's share in them, and its partner's row; sees to the labels of both.
 
         The labels that a mixed sample goes without no longer forbid its augmentation anything.
         """
@@ -225,9 +231,9 @@ class Samples(Dataset[Batch]):
                 own.keep(own.arrays.keys() - harm.lost)
         pixels = self.augment(picture, own.present(), self._key(turn, row, "sample"), harm)
         if found is None:
-            return pixels, 1.0
+            return pixels, 1.0, PADDING
         augmented = self.augment(found.picture, other.present(), found.draw.key)
-        return found.mixing.mix(found.draw, pixels, augmented)
+        return *found.mixing.mix(found.draw, pixels, augmented), found.draw.partner
 
     def _partner(self, turn: int, row: int, bad: dict[int, str]) -> _Partner | None:
         """What a sample is mixed with; None for nothing, or for a picture that can't be used."""
@@ -321,6 +327,21 @@ class _Carrier(Dataset["Batch | UserError"]):
             return self.samples.__getitems__(keys)
         except UserError as error:
             return error
+
+
+def training_samples(
+    config: Config, table: Table, image_size: int, phase: str, packed: Packed | None, balance: Balance | None = None
+) -> Samples:
+    """The training split's samples as a config wants them: augmented, mixed, degraded.
+
+    Args:
+        balance: How likely a row is to be another's partner.
+    """
+    data = config.data
+    mixing = Mixing(data, config.tasks, len(table), balance) if alphas(data) else None
+    degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
+    augment = Augment(image_size, config.tasks, train=data.augment)
+    return Samples(table, augment, config.run.seed, phase, config.debug.trace, packed, mixing, degrade)
 
 
 class BatchLoader:

@@ -27,10 +27,18 @@ class Average:
         return self._means.get(weight)
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """mean ← decay · mean + (1 − decay) · weight, without waiting for the device."""
+    def update(self, decay: float, left_out: Tensor) -> None:
+        """mean ← decay · mean + (1 − decay) · weight, without waiting for the device.
+
+        Args:
+            left_out: (), fp32 on the device: where it is 1, the means stay as they are.
+        """
         assert not self.exchanged
-        torch._foreach_lerp_(list(self._means.values()), list(self._means), weight=1 - decay)
+        shares: dict[torch.device, Tensor] = {}
+        for weight, mean in self._means.items():
+            if mean.device not in shares:  # on the host, where the optimizer is offloaded
+                shares[mean.device] = (1 - decay) * (1 - left_out).to(mean.device)
+            mean.lerp_(weight, shares[mean.device])
 
     @torch.no_grad()
     def exchange(self) -> None:

@@ -142,9 +142,9 @@ class Engine(ABC):
         self.average = Average(part.key for part in self.slices())
 
     def update_ema(self, decay: float) -> None:
-        """Take the weights as they are after a step into their mean, if one is kept; as `Average.update`."""
+        """Take the weights as they are after a step into their mean, if one is kept, unless the step was left out."""
         if self.average is not None:
-            self.average.update(decay)
+            self.average.update(decay, self.left_out())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

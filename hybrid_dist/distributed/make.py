@@ -34,7 +34,7 @@ def _make(
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.to(topology.device)
-        return PlainEngine(topology, model, _adamw(groups, options), train.clip_norm)
+        return PlainEngine(topology, model, _adamw(groups, options, train), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
     config = configure(topology, model, train, accumulation)
@@ -42,9 +42,13 @@ def _make(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
-    return ZeroEngine(topology, model, _adamw(groups, options), train.clip_norm)
+    return ZeroEngine(topology, model, _adamw(groups, options, train), train.clip_norm)
 
 
-def _adamw(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.AdamW:
-    """Fused: one pass over memory instead of several, and a step that can be left out on the device."""
-    return torch.optim.AdamW(groups, fused=True, **options)
+def _adamw(groups: list[dict[str, Any]], options: dict[str, Any], train: TrainConfig) -> torch.optim.AdamW:
+    """Fused: one pass over memory instead of several, and a step that can be left out on the device.
+
+    Under fp16 it is the scaler that leaves steps out. To a fused optimizer it hands scaled gradients, which at ZeRO 0,
+    where clipping comes last, would be clipped as if they were not.
+    """
+    return torch.optim.AdamW(groups, fused=train.precision != "fp16", **options)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hybrid_dist.plan.activations import Timeline
 from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.gather import FP32, LOW, Gatherer
-from hybrid_dist.plan.states import MOMENTS, Shares, States, grouped, shares, states
+from hybrid_dist.plan.states import MOMENTS, Shares, States, shares, states
 from hybrid_dist.plan.strategies import Buffers, Strategy, buffers
 
 FP64 = 8
@@ -130,9 +130,7 @@ class Process:
                 yield from self._passes(held, self._live + gradients)
         else:
             yield from self._passes(held, self._live if ddp else self._live + done)
-        groups = grouped(self.parameters)
-        updated = sum(max(groups, key=sum)) if self.setting.device == "cuda" else self.largest
-        yield "step", self.states.device + self._update(updated)
+        yield "step", self.states.device
 
     def _optimizer_split(self) -> Iterator[Moment]:
         """ZeRO 1 and 2: gradients go through buckets, their sums into tensors of this process's own."""
@@ -154,7 +152,7 @@ class Process:
             yield from self._reductions(held + self.communication + kept, own, self._live)
             yield "reduction", held + self.communication + own + kept
         if not self.strategy.offload_optimizer:
-            yield "step", held + own + max(FP32 * part + self._update(part) for part in self.share.part)
+            yield "step", held + own + max(FP32 * part for part in self.share.part)
             yield "step", held + own + FP64 * self.largest
 
     def _weights_split(self) -> Iterator[Moment]:
@@ -165,7 +163,7 @@ class Process:
         yield from self._reductions(held, 0, self._live + gathered)
         if not self.strategy.offload_optimizer:
             bare = held - FP32 * self.share.persistent
-            yield "step", bare + max(FP32 * part + self._update(part) for part in self.share.part)
+            yield "step", bare + max(FP32 * part for part in self.share.part)
 
     def _gathered(self) -> Bytes:
         """(operations,) bytes of weights that are whole for a time, and of those on their way."""
@@ -203,7 +201,3 @@ class Process:
             own = elements / self.setting.processes * FP32 if low else 0.0
             return elements * (LOW if low else FP32) + own
         return elements * (FP32 + (LOW if low else 0))
-
-    def _update(self, elements: int) -> int:
-        """Bytes of what AdamW computes aside for so many elements: roots, and on the CPU their quotients."""
-        return FP32 * elements * (1 if self.setting.device == "cuda" else 2)

@@ -31,8 +31,8 @@ MESSAGE, HOPS = 30e-6, 15e-6
 """Seconds that a collective takes however little it sends; more for each doubling of the nodes."""
 HOST_MEMORY = 25.0
 """GB/s of the host's memory for each GPU while it updates offloaded weights."""
-UPDATE = 92
-"""Bytes of memory traffic for each element in AdamW's update by PyTorch's foreach kernels, with norm and clipping."""
+UPDATE = 40
+"""Bytes of memory traffic for each element in AdamW's update by PyTorch's fused kernel, with norm and clipping."""
 UPDATE_ON_HOST = 32
 """The same in DeepSpeed's CPUAdam, which goes over everything once, and the norm."""
 

@@ -26,7 +26,15 @@ NAMED = 5
 
 
 class TooManyBad(Exception):
-    """`train.max_bad_steps` in a row; raised on all ranks together. Says which, and names the suspects."""
+    """`train.max_bad_steps` in a row; raised on all ranks together. Says which, and names the suspects.
+
+    Attributes:
+        since: The first of them, or the step after which validation showed it.
+    """
+
+    def __init__(self, text: str, since: int):
+        super().__init__(text)
+        self.since = since
 
 
 class Guard:
@@ -56,34 +64,38 @@ class Guard:
         self.file, self.state, self.objective, self.table = folder / BAD_STEPS, state, objective, table
         self.most, self.control, self.warn = most, control, warn
         self._suspects: list[int] = []
-        self._last = ""
+        self._told = "too many bad steps in a row, before this start"
 
     def is_good(self, made: Made) -> bool:
         """Whether the step counts; all ranks together, which all find the same. A bad one is told of."""
         reason = self._reason(made)
         if reason is None:
-            self.state.bad_streak = 0
+            self.state.bad_streak, self.state.bad_since = 0, None
             self._suspects = []
             return True
         self.state.bad_streak += 1
+        self.state.bad_since = self.state.bad_since or made.step
         found = self.control.to_all(self._own_suspects(made))
         rows = [row for part in found for row in part[0]]
         ids = sorted(row for part in found for row in part[1])
         self._suspects += [row for row in rows if row not in self._suspects]
-        self._last = f"step {made.step}: {reason}"
+        last = f"step {made.step}: {reason}"
+        if self.state.bad_streak >= self.most:
+            # Noted here, for it may be over by when somebody looks: what follows does not depend on when that is.
+            self.state.too_many_since = self.state.too_many_since or self.state.bad_since
+            named = f"the suspects are {self._names(self._suspects)}" if self._suspects else "no sample stands out"
+            self._told = f"{self.state.bad_streak} bad steps in a row, the last is {last}; {named}"
         if self.control.rank == 0:
             facts = {"phase": self.state.phase, "step": made.step, "time": time.time(), "reason": reason}
             self._write({**facts, "loss": made.losses[0], "suspects": rows, "sample_ids": ids})
             of = f"; its samples: {self._names(rows)}" if rows else ""
-            self.warn(f"phase {self.state.phase}, {self._last}, so it is left out{of}; all of them in {BAD_STEPS}")
+            self.warn(f"phase {self.state.phase}, {last}, so it is left out{of}; all of them in {BAD_STEPS}")
         return False
 
     def check(self) -> None:
-        """Raises `TooManyBad` on all ranks."""
-        if self.state.bad_streak < self.most:
-            return
-        named = f"the suspects are {self._names(self._suspects)}" if self._suspects else "no sample stands out"
-        raise TooManyBad(f"{self.state.bad_streak} bad steps in a row, the last is {self._last}; {named}")
+        """Raises `TooManyBad` on all ranks, if there were."""
+        if self.state.too_many_since is not None:
+            raise TooManyBad(self._told, self.state.too_many_since)
 
     def _reason(self, made: Made) -> str | None:
         names = [task.name for task in self.objective.tasks]
@@ -95,10 +107,11 @@ class Guard:
         return "the gradients are no numbers" if made.left_out else None
 
     def _own_suspects(self, made: Made) -> tuple[list[int], list[int]]:
-        """This rank's rows that cost what no sample should, and all of its rows."""
+        """This rank's rows that cost what no sample should, with those mixed into them, and all of its own rows."""
         real = made.rows >= 0
         odd = real & ~(made.costs <= self.objective.limit)
-        return np.unique(made.rows[odd]).tolist(), made.rows[real].tolist()
+        both = np.unique(np.concatenate([made.rows[odd], made.partners[odd]]))
+        return both[both >= 0].tolist(), made.rows[real].tolist()
 
     def _names(self, rows: Sequence[int]) -> str:
         names = [repr(self.table.filename(row)) for row in rows[:NAMED]]

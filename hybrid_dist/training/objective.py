@@ -55,7 +55,7 @@ class Objective:
             output = outputs[task.name]
             target, mixed = batch.labels[task.name], mixed_with(batch, task.name, output.device)
             target = target.to(output.device, non_blocking=True)
-            each, labels = task.training_losses(output, target, mixed), counts[task.name] or 1
+            each, labels = task.training_losses(output, target, mixed), max(counts[task.name], 1.0)
             part = each.sum() / labels
             parts.append(part.detach())
             own = each.detach() * task.weight

@@ -285,7 +285,7 @@ class PhaseLoop:
         metrics, temperature, ruined = self.control.from_main((metrics, temperature, ruined))
         if ruined:
             of = f"step {self.state.step}: the model's answers for {' and '.join(ruined)}"
-            raise TooManyBad(f"validation after {of} are no numbers")
+            raise TooManyBad(f"validation after {of} are no numbers", self.state.step)
         score = metrics["val/score"] or 0.0
         ends = self._ends_with(score)
         raw = self._judge_raw() if ends and self.config.train.ema is not None else {}
@@ -332,7 +332,7 @@ class PhaseLoop:
     def _judge_raw(self) -> Metrics:
         """What the weights would have scored themselves; rank 0 knows."""
         result = self._run_validation()
-        if result is None:
+        if result is None or result.not_finite():
             return {}
         metrics = metrics_of(result, self.job.tasks)
         return {f"val_raw/{key}": metrics[f"val/{key}"] for key in ("score", "loss")}

@@ -32,10 +32,10 @@ from hybrid_dist.data.annotations import (
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
-from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers
-from hybrid_dist.data.degrade import Degrade, check_degrade
+from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers, training_samples
+from hybrid_dist.data.degrade import check_degrade
 from hybrid_dist.data.labels import ClassMap
-from hybrid_dist.data.mix import Mixing, alphas, check_mixing
+from hybrid_dist.data.mix import check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
@@ -142,12 +142,8 @@ class Job:
         workers = resolve_workers(data.workers, topology.local_world_size)
         pin = topology.device.type == "cuda"
         size = config.size(phase)
-        augment = Augment(size, config.tasks, train=data.augment)
         packed, held = self.packed.get(("train", size)), self.packed.get(("val", size))
-        degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
-        samples = Samples(
-            self.train_table, augment, seed, phase.name, config.debug.trace, packed, self._mixing(), degrade
-        )
+        samples = training_samples(config, self.train_table, size, phase.name, packed, self.balance)
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, train.micro_batch_size,
             topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
@@ -156,12 +152,6 @@ class Job:
         val = Samples(self.val_table, plain, seed, phase.name, packed=held)
         val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
-
-    def _mixing(self) -> Mixing | None:
-        config = self.config
-        if not alphas(config.data):
-            return None
-        return Mixing(config.data, config.tasks, len(self.train_table), self.balance)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -325,11 +315,12 @@ def _saver(config: Config, topology: Topology, store: Store, watch: Watch, termi
     def settle(found: Found, tick: Callable[[], None]) -> None:
         """After a commit: the best comes out, and what is no longer needed goes."""
         publish_best(config.folder, found, tick)
+        since = found.state["too_many_since"] or found.state["bad_since"]
+        good = store.newest_name(lambda state: state.get("step", since) < since) if since is not None else None
+        spare = [good] if good is not None else []  # it may have to be gone back behind all that is kept
         # As long as a checkpoint may have to be gone back to from which the next phase would begin once more.
-        phases = {checkpoint_phase(name) for name in store.kept(found.path)} & carried
-        spare = [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases]
-        if found.state["bad_streak"] > 0:  # it may have to be gone back behind all of these
-            spare += filter(None, [store.newest_name(lambda state: state.get("bad_streak") == 0)])
+        phases = {checkpoint_phase(name) for name in [*store.kept(found.path), *spare]} & carried
+        spare += [checkpoint_name(phase, best_step(config.folder, phase) or 0) for phase in phases]
         store.prune(found.path, spare)
 
     return Saver(store, topology.control, terminal.say, watch.beat, settle)
@@ -519,6 +510,7 @@ def _forget_lost_best(job: Job, state: TrainState) -> None:
         return
     job.terminal.say(f"warning: the best so far, of step {step}, is gone or damaged; it will be one from here on")
     state.best_score, state.best_step, state.best_metrics, state.best_temperature = None, None, {}, {}
+    state.stale = 0
 
 
 def _position(job: Job, found: Found | None, only: str | None, fresh: bool, sums: dict[str, str]) -> TrainState:
@@ -565,9 +557,9 @@ def _run_guarded(job: Job, phase: PhaseConfig, state: TrainState, found: Found |
     try:
         return _run_phase(job, phase, state, found, model)
     except TooManyBad as error:
-        reason = f"phase {phase.name}: {error}"
+        reason, since = f"phase {phase.name}: {error}", error.since
     del model
-    good = _go_back(job, phase, state, reason)
+    good = _go_back(job, phase, state, reason, since)
     try:
         return _run_phase(job, phase, state, good, None)
     except TooManyBad as error:
@@ -581,8 +573,8 @@ def _no_way_on(reason: str) -> str:
     )
 
 
-def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Found:
-    """Put `state`, and the disk, to where the last good checkpoint is, once; all ranks together.
+def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str, since: int) -> Found:
+    """Put `state`, and the disk, to the last good checkpoint before step `since`, once; all ranks together.
 
     Raises:
         UserError: the phase has gone back already, or there is nothing to go back to.
@@ -590,7 +582,7 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Fo
     job.watch.beat("going back to the last good checkpoint")
     if decide(job.topology, lambda: has_gone_back(job.folder, phase.name)):
         raise UserError(_no_way_on(reason), shared=True)
-    good = _newest(job, lambda candidate: _check_good(job, phase, candidate))
+    good = _newest(job, lambda candidate: _check_good(job, phase, since, candidate))
     if good is None:
         none = "There is no good checkpoint to go back to; other pictures, labels or weights, or a lower learning rate"
         raise UserError(f"{reason}. {none} in a new run, would do", shared=True)
@@ -600,8 +592,8 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Fo
 
     def tidy() -> None:
         with _disk(job.folder):
-            note_went_back(job.folder, phase.name, abandoned, good.path.name)
             job.store.drop_after(good.state["step"])  # a stop before they are made anew must not find them
+            note_went_back(job.folder, phase.name, abandoned, good.path.name)
             publish_best(job.folder, good, job.watch.beat, verify=True)
 
     decide(job.topology, tidy)
@@ -614,13 +606,13 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str) -> Fo
     return good
 
 
-def _check_good(job: Job, phase: PhaseConfig, found: Found) -> None:
+def _check_good(job: Job, phase: PhaseConfig, since: int, found: Found) -> None:
     """Raises `Damaged` for what is not to be gone back to: it stands among bad steps, or before another phase."""
     check_own(job.config, found)
     state = TrainState.from_dict(found.state)
     names = [each.name for each in job.config.phases]
-    if state.phase == phase.name and state.bad_streak > 0:
-        raise Damaged(f"bad steps in a row there: {state.bad_streak}")
+    if state.phase == phase.name and (state.bad_streak > 0 or state.step >= since):
+        raise Damaged("it is of a step among the bad ones, or after them")
     if state.phase != phase.name and not (state.finished and names.index(state.phase) + 1 == names.index(phase.name)):
         raise Damaged(f"it is not what phase {phase.name} begins with")
 

@@ -31,7 +31,11 @@ class TrainState:
     pending: list[list[float]] = field(default_factory=list)
     """Losses of the good steps since the last line in metrics.jsonl: the global batch's, and each task's."""
     bad_streak: int = 0
-    """Bad steps in a row, up to this one."""
+    """Bad steps in a row, up to this one,"""
+    bad_since: int | None = None
+    """and the first of them."""
+    too_many_since: int | None = None
+    """The first of too many bad steps in a row, from when they were too many: to be gone back behind."""
     positions: dict[str, int] = field(default_factory=dict)
     """Length in bytes of metrics.jsonl and trace.jsonl; a resume cuts them back to it."""
     engine: dict[str, Any] = field(default_factory=dict)

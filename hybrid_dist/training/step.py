@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,6 +112,8 @@ class Made:
     """Whether its gradients were no numbers."""
     rows: NDArray[np.int64]
     """This rank's samples, -1 for padding,"""
+    partners: NDArray[np.int64]
+    """those that they are mixed with, -1 for none,"""
     costs: NDArray[np.float32]
     """and what each has cost."""
 
@@ -122,11 +124,12 @@ class LossLog:
     def __init__(self, kept: list[list[float]]):
         self.kept = list(kept)
         """Of each step that counts: the global batch's loss, and each task's."""
-        self._waiting: list[tuple[int, StepLosses, Tensor]] = []
+        self._waiting: list[tuple[int, StepLosses, Sequence[Batch]]] = []
 
     def add(self, step: int, losses: StepLosses, batches: Sequence[Batch]) -> None:
         """Keep what a step has cost, on the device."""
-        self._waiting.append((step, losses, torch.cat([batch.rows for batch in batches])))
+        rowwise = [replace(batch, images=batch.images[:0].clone(), labels={}) for batch in batches]  # pixels may go
+        self._waiting.append((step, losses, rowwise))
 
     def settle(self) -> list[Made]:
         """The steps since the last call. Waits for the device."""
@@ -136,8 +139,11 @@ class LossLog:
         totals = torch.stack([losses.totals for _, losses, _ in waiting]).to("cpu", torch.float64).tolist()
         costs = torch.cat([cost for _, losses, _ in waiting for cost in losses.samples]).cpu().numpy()
         made, at = [], 0
-        for (step, _, rows), (*each, left_out) in zip(waiting, totals, strict=True):
-            made.append(Made(step, each, bool(left_out), rows.numpy(), costs[at : at + len(rows)]))
+        for (step, _, batches), (*each, left_out) in zip(waiting, totals, strict=True):
+            rows = torch.cat([batch.rows for batch in batches]).numpy()
+            partners = [torch.full_like(batch.rows, -1) if batch.mix is None else batch.mix.rows for batch in batches]
+            own = costs[at : at + len(rows)]
+            made.append(Made(step, each, bool(left_out), rows, torch.cat(partners).numpy(), own))
             at += len(rows)
         return made
 

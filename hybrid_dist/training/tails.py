@@ -26,6 +26,11 @@ class Tail:
     weights: NDArray[np.float32] | None = None
     shifts: NDArray[np.float32] | None = None
 
+    @property
+    def heaviest(self) -> float:
+        """The largest factor."""
+        return float(self.weights.max()) if self.weights is not None else 1.0
+
 
 def balanced(counts: NDArray[np.int64]) -> Tail:
     """Weights by the inverse of the effective number of samples, (1 − βⁿ) / (1 − β).

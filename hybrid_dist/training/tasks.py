@@ -43,7 +43,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def ignorance(self) -> float:
-        """What a label costs a model that knows nothing; 0 where there is nothing to know."""
+        """What a label costs a model that knows nothing, at most; 0 where there is nothing to know."""
 
     @abstractmethod
     def valid(self, target: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Classification(Task):
 
     @property
     def ignorance(self) -> float:
-        return math.log(max(len(self.classes), 1))
+        return math.log(max(len(self.classes), 1)) * self.tail.heaviest
 
     def valid(self, target: Tensor) -> Tensor:
         return target >= 0

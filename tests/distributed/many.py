@@ -1,6 +1,6 @@
 """train.py for several configs, one after the other, in one launch: starting processes takes longer than the runs.
 
-POISON in the environment, as JSON, spoils steps of those whose run is called `poisoned`: see poison.py.
+POISON in the environment, as JSON, spoils steps of those whose runs it names: see poison.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tests.distributed.poison import poisoned_step
 
 def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
-    poison = {int(call): (row, kind) for call, (row, kind) in json.loads(os.environ.get("POISON", "{}")).items()}
+    poisons = json.loads(os.environ.get("POISON", "{}"))
     topology = start(configs[0].train.precision, configs[0].train.stall_timeout)
     plain, code = phase.train_step, 0
     try:
         for config in configs:
-            phase.train_step = poisoned_step(poison) if config.run.name == "poisoned" else plain
+            poison = {int(made): (row, kind) for made, (row, kind) in poisons.get(config.run.name, {}).items()}
+            phase.train_step = poisoned_step(poison, plain) if poison else plain
             code = max(code, run(config, topology, Stop(), None, False))
     finally:
         leave()

@@ -9,26 +9,27 @@ from typing import Any
 import torch
 
 from hybrid_dist.model.backbones import Backbone
-from hybrid_dist.training import phase
 
 MARK = (1, 254, 3)
 """Colour of the first pixel of a picture that is to become NaN."""
 
 
-def poisoned_step(poison: Mapping[int, tuple[int, str]], make_step: Any = phase.train_step) -> Any:
+_PLAIN = Backbone.normalise
+
+
+def _normalise(branch: Backbone, images: torch.Tensor) -> torch.Tensor:
+    marked = (images[:, :, 0, 0] == torch.tensor(MARK, dtype=torch.uint8)).all(1)
+    return torch.where(marked.view(-1, 1, 1, 1), torch.nan, _PLAIN(branch, images))
+
+
+def poisoned_step(poison: Mapping[int, tuple[int, str]], make_step: Any) -> Any:
     """A `train_step` that spoils one sample in each of some steps, on the rank and in the micro batch that have it.
 
     Args:
         poison: By number of the call: the sample's row, and `pixels` or `label`.
     """
     made = 0
-    plain = Backbone.normalise
-
-    def normalise(branch: Backbone, images: torch.Tensor) -> torch.Tensor:
-        marked = (images[:, :, 0, 0] == torch.tensor(MARK, dtype=torch.uint8)).all(1)
-        return torch.where(marked.view(-1, 1, 1, 1), torch.nan, plain(branch, images))
-
-    Backbone.normalise = normalise  # type: ignore[method-assign]
+    Backbone.normalise = _normalise  # type: ignore[method-assign]
 
     def step(engine: Any, objective: Any, batches: Any, *rest: Any) -> Any:
         nonlocal made

@@ -30,16 +30,21 @@ TOPOLOGIES = {
 
 
 REFERENCE = "one, micro 8"
-TWINS = ("tiny", "poisoned")
+TWINS = ("tiny", "poisoned", "gone_back")
 # By number of the step: where in the global batch the sample stands that spoils it, and how. On two processes positions
 # 4 to 7 are the second one's, so each of these is met by one rank alone. Step 14 is an epoch's last and short.
 POISON = {3: (5, "pixels"), 14: (5, "label"), 15: (0, "label"), 27: (12, "pixels")}
 
 
-def poison() -> dict[int, tuple[int, str]]:
+# Three bad steps in a row are too many for that twin. The 16th comes in phase b's fifth step; a line is written after
+# the ninth, when all is well again, and a checkpoint is there of the eighth.
+STREAK = {16: (5, "label"), 17: (5, "pixels"), 18: (4, "label")}
+
+
+def poison(steps: dict[int, tuple[int, str]]) -> dict[int, tuple[int, str]]:
     """By step the row of the sample that spoils it, and how."""
     found = {}
-    for step, (position, kind) in POISON.items():
+    for step, (position, kind) in steps.items():
         phase, phase_step = divmod(step - 1, 10)
         epoch, in_epoch = divmod(phase_step, 4)
         found[step] = (int(epoch_order(56, 3, "abc"[phase], epoch)[16 * in_epoch + position]), kind)
@@ -60,7 +65,7 @@ class Runs:
             configs = [write(self.data, self._made[name] / each, name, each) for each in TWINS]
             config_file, extra, _ = TOPOLOGIES[name]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("POISON", json.dumps(poison()))
+                patch.setenv("POISON", json.dumps({"poisoned": poison(POISON), "gone_back": poison(STREAK)}))
                 script = "tests/distributed/many.py"
                 launch(*map(str, configs), config_file=config_file, extra=extra, script=script)
         return self._made[name] / twin / "runs" / twin
@@ -85,6 +90,9 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
     values["train"] |= {"precision": precision, "micro_batch_size": micro}
+    if run == "gone_back":
+        values["train"] |= {"max_bad_steps": 3, "ema": 0.9}
+        values["checkpoint"], values["tracking"]["log_every"] = {"every_steps": 2, "keep": 1}, 9
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
 
@@ -139,7 +147,9 @@ def test_poisoned_steps_are_left_out(name: str, runs: Runs) -> None:
     or that is not named; a run that ends elsewhere for it than on one process, or far from a clean one."""
     run, one, clean = runs(name, "poisoned"), runs(REFERENCE, "poisoned"), runs(REFERENCE)
     bad = read_lines(run / "bad_steps.jsonl")
-    assert {line["step"]: line["suspects"] for line in bad} == {step: [row] for step, (row, _) in poison().items()}
+    assert {line["step"]: line["suspects"] for line in bad} == {
+        step: [row] for step, (row, _) in poison(POISON).items()
+    }
     traced = {line["step"]: line for line in read_lines(run / "trace.jsonl")}
     assert all(line["sample_ids"] == sorted(traced[line["step"]]["sample_ids"]) for line in bad)
     want = {line["step"]: line["loss"] for line in read_lines(one / "trace.jsonl")}
@@ -152,6 +162,29 @@ def test_poisoned_steps_are_left_out(name: str, runs: Runs) -> None:
     cleans = [line["val/loss"] for line in read_lines(clean / "metrics.jsonl") if "val/score" in line]
     assert ends[-1] == pytest.approx(cleans[-1], rel=0.05)
     assert ends[-1] < cleans[0], "and it has learned"
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_going_back(name: str, runs: Runs) -> None:
+    """Catches: ranks that go back to different places, an engine or a mean that does not come back with the weights; a
+    streak that is not seen because it is over when a line is written, or behind which no checkpoint is left."""
+    run, clean = runs(name, "gone_back"), runs(REFERENCE)
+    lines = read_lines(run / "bad_steps.jsonl")
+    assert [line["went_back_to"] for line in lines if "reason" not in line] == ["b-14"]
+    assert [line["step"] for line in lines if "reason" in line] == [16, 17, 18]
+    # The order's samples do not change, and what spoiled them does not come again.
+    wants = {line["step"]: line for line in read_lines(clean / "trace.jsonl") if line["phase"] != "c"}
+    haves = {line["step"]: line for line in read_lines(run / "trace.jsonl") if line["phase"] != "c"}
+    assert {step: line["sample_ids"] for step, line in haves.items()} == {
+        step: line["sample_ids"] for step, line in wants.items()
+    }
+    one = {line["step"]: line["loss"] for line in read_lines(runs(REFERENCE, "gone_back") / "trace.jsonl")}
+    for line in read_lines(run / "trace.jsonl"):
+        assert line["loss"] == pytest.approx(one[line["step"]], rel=1e-5), line["step"]
+    ends = [[line for line in read_lines(each / "metrics.jsonl") if "val/score" in line] for each in (
+        run, runs(REFERENCE, "gone_back"))]  # fmt: skip
+    assert [line["step"] for line in ends[0]] == [line["step"] for line in ends[1]]
+    assert ends[0][-1]["val/loss"] == pytest.approx(ends[1][-1]["val/loss"], rel=1e-5)
 
 
 def test_bf16_follows_on_zero2(reference: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -183,9 +183,10 @@ def test_a_bad_step_changes_nothing(call: Callable[..., int], config: Path, monk
         return begin(saver, content, pieces, *rest)
 
     monkeypatch.setattr(Saver, "begin", keep)
-    assert call(config) == 0
+    assert call(config, "train.ema=0.9") == 0
     before, after, later = kept["b-6"], kept["b-7"], kept["b-8"]
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert any(key.endswith(" ema") for key in before)
     assert not torch.equal(before["steps"], later["steps"])
     bad = read_lines(folder(config) / "bad_steps.jsonl")
     assert [(line["step"], line["reason"]) for line in bad] == [(7, "the gradients are no numbers")]
@@ -236,6 +237,27 @@ def test_it_does_not_go_back_twice(call: Callable[..., int], config: Path, monke
     monkeypatch.setattr(phase_module, "train_step", make_step)
     assert call(config) == 0, "whatever it was is over"
     assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
+
+
+def test_when_it_is_noticed_makes_no_difference(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
+    """Catches: a streak that is over when a line is written and so is never seen, or a checkpoint after it that is
+    gone back to; one that a stop makes forget."""
+    keys = ("tracking.log_every=12", "train.max_bad_steps=2")
+    assert call(config, f"run.dir={config.parent / 'whole'}", *keys) == 0
+    make_step, run = phase_module.train_step, folder(config)
+
+    def stop(made: int) -> None:
+        if made == 11:
+            (run / "STOP").touch()
+
+    spoil(monkeypatch, lambda made: made in (9, 10), stop)
+    assert call(config, *keys) == 75
+    state = json.loads((run / "checkpoints" / "b-11" / "state.json").read_text())
+    assert (state["bad_streak"], state["too_many_since"]) == (0, 9)
+    monkeypatch.setattr(phase_module, "train_step", make_step)
+    assert call(config, *keys) == 0
+    assert [line.get("went_back_to") for line in read_lines(run / "bad_steps.jsonl")] == [None, None, "b-8"]
+    expect_same_run(run, folder(config, "whole"))
 
 
 def test_nothing_to_go_back_to(call: Callable[..., int], config: Path, monkeypatch: Any, capsys: Any) -> None:
