@@ -78,7 +78,7 @@ class DataConfig(Section):
     """Alpha of the Beta that mixup's shares come from; 0: none. Each mixed picture is loaded beside another one."""
     cutmix: float = Field(0.0, ge=0, allow_inf_nan=False)
     """The same for CutMix; where both are on, half of the mixed pictures each."""
-    mix_prob: float = Field(1.0, ge=0, le=1)
+    mix_prob: float = Field(0.5, ge=0, le=1)
     """Share of the training pictures that is mixed, where mixup or CutMix is on."""
     degrade: float = Field(0.0, ge=0, le=1)
     """Share of the training pictures with a clarity or block label that is blurred or covered, and labelled anew."""

@@ -26,7 +26,7 @@ ROWS, SIZE = 22, 48
 
 def data(**changes):
     paths = dict.fromkeys(("train_csv", "train_images", "val_csv", "val_images"), "x")
-    return DataConfig(**paths, image_size=SIZE, **changes)
+    return DataConfig(**paths, image_size=SIZE, **{"mix_prob": 1.0, **changes})
 
 
 @pytest.fixture(scope="module")
