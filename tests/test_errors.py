@@ -100,7 +100,7 @@ def expect_refusal(result: tuple[int, str], words: list[str], folder: Path) -> N
 BAD_CONFIGS: dict[str, tuple[list[str], list[str]]] = {
     "an unknown key": (["train.micro_batch=4"], ["train.micro_batch", "micro_batch_size"]),
     "a wrong type": (["train.micro_batch_size=four"], ["train.micro_batch_size", "integer", "four"]),
-    "an impossible value": (["phases.1.lr=-1"], ["phases.1.lr", "greater than 0"]),
+    "an impossible value": (["phases.1.lr=-1"], ["phases.1.lr", "above 0"]),
     "an index past the list": (["phases.3.lr=1"], ["phases.3.lr", "0 to 2"]),
     "an unknown backbone": (["model.cnn.name=convnext_atta"], ["convnext_atta", "convnext_atto"]),
     "an unknown fusion": (["model.fusion=sum"], ["sum", "concat", "attention"]),

@@ -6,6 +6,7 @@ On several processes: test_ema.py.
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def test_resumed_and_packed_is_the_same(
     """Catches: a resume that builds the config's size, a best of another size than its phase's, a copy of the pictures
     that is packed, or read, at one size alone."""
     expect_validated(whole, "c", tiny_data)
-    config = write(tiny_data, tmp_path / "again")
+    own = shutil.copytree(tiny_data, tmp_path / "data")  # other tests want theirs as it is
+    config = write(own, tmp_path / "again")
     run = tmp_path / "again" / "runs" / "tiny"
     assert cli.main(["pack", "--config", str(config)]) == 0
     said = capsys.readouterr().out
