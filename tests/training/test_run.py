@@ -719,7 +719,7 @@ def test_optimizer_state_goes_along(call: Callable[..., int], config: Path, star
     them to pruning; and update counts of old and new parameters mixed."""
     options = [f"phases.1.start={start}", "phases.1.carry_optimizer=true", "phases.0.steps=9", "checkpoint.keep=1"]
     # The best is not the last: a rate that does harm.
-    options += ["phases.0.lr=0.3", "phases.0.warmup=0.0"]
+    options += ["phases.0.lr=0.05", "phases.0.warmup=0.0"]
     assert call(config, *options, "--phase", "a") == 0
     run = folder(config)
     best = json.loads((run / "phase_a/best.json").read_text())["step"]

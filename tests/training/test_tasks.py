@@ -71,7 +71,9 @@ def test_mixed_losses_by_hand() -> None:
     assert value.labelled(scores, Mixed(shares, others)).tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
 
     def batch(places: slice) -> Batch:
-        mix = Mix(shares[places], {"type": partners[places], "rust": others[places]})
+        mix = Mix(
+            {"type": partners[places], "rust": others[places]}, shares[places], torch.full_like(partners[places], -1)
+        )
         labels = {"type": own[places], "rust": scores[places]}
         return Batch(torch.zeros(len(own[places])), labels, torch.arange(5)[places], mix=mix)
 
