@@ -127,7 +127,7 @@ class Wandb(Sink):
             self.mode = "off"
             return
         assert state.wandb_id is not None
-        self._news = _News(keep)
+        self._news = _News(keep, calls=self._news.calls)  # what was told since the last end
         follower = _Follower(self, state.wandb_id, keep)
         self._thread = threading.Thread(target=self._run, args=(follower,), daemon=True, name="wandb")
         self._thread.start()

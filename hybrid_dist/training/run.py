@@ -601,8 +601,8 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str, since
     if state.phase != phase.name:
         state.begin(phase.name)
     job.saver.newest = good
+    job.sinks.close()  # they begin once more, with metrics.jsonl cut back; what they were told of the steps may be lost
     job.sinks.warned(f"{reason}; back to {good.path.name}, once")
-    job.sinks.close()  # they begin once more, with metrics.jsonl cut back
     return good
 
 

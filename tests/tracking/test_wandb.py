@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ruamel.yaml import YAML
 import train
 from hybrid_dist.tracking import wandb_sink
 from hybrid_dist.training import phase as phase_module
+from hybrid_dist.training.objective import MicroLoss, Objective
 from tests.conftest import ROOT, environment, read_lines, tiny_values
 from tests.distributed.running import Running, without_times
 from tests.tracking.stand_in import StandIn
@@ -310,6 +312,34 @@ from hybrid_dist.training import phase
 phase.train_step = lambda *_: time.sleep(1000)
 train._leave(train._train(train.Stop()))
 """
+
+
+@pytest.mark.timeout(200)
+def test_bad_steps(tiny_data: Path, tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: bad steps without an alert; lines that stand twice, or are missing, where a phase has gone back."""
+    make_step, made = phase_module.train_step, 0
+
+    class Bad(Objective):
+        def __call__(self, *arguments: Any) -> MicroLoss:
+            micro = super().__call__(*arguments)
+            return replace(micro, shares=micro.shares * float("nan"))
+
+    def step(engine: Any, objective: Objective, *rest: Any) -> Any:
+        nonlocal made
+        made += 1
+        return make_step(engine, Bad(objective.tasks) if made in (6, 7) else objective, *rest)
+
+    monkeypatch.setattr(phase_module, "train_step", step)
+    config, run = write_config(tiny_data, tmp_path, "offline", [{**PHASES[0], "steps": 9}]), tmp_path / "runs" / "tiny"
+    assert call(config, "train.max_bad_steps=2", "checkpoint.every_steps=2") == 0
+    assert made == 7 + 5, "from step 4 once more"
+    alerts = [alert for path in starts(run) for alert in of_kind(inspect(path), "alert")]
+    assert [(alert["level"], alert["title"]) for alert in alerts] == [
+        ("WARN", "tiny needs a look"), ("INFO", "tiny is finished"),
+    ]  # fmt: skip
+    assert "2 bad steps in a row, the last is step 7" in alerts[0]["text"] and "back to a-4" in alerts[0]["text"]
+    assert len(starts(run)) == 2
+    expect_each_line_once(run)
 
 
 @pytest.mark.timeout(100)
