@@ -30,6 +30,8 @@ TOPOLOGIES = {
 
 
 REFERENCE = "one, micro 8"
+POISONED = [name for name in TOPOLOGIES if name not in ("one, micro 2", "ZeRO 3 x4")]
+"""Where the poisoned run is made: four processes on two cores are slow."""
 BACK = (REFERENCE, "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 2 offload x2")
 """Where the run that goes back is tried."""
 # By number of the step: where in the global batch the sample stands that spoils it, and how. On two processes positions
@@ -65,7 +67,7 @@ class Runs:
             self._made[name] = self.factory.mktemp("runs")
             configs = [
                 write(self.data, self._made[name] / each, name, each)
-                for each in ("tiny", "poisoned", *["gone_back"] * (name in BACK))
+                for each in ("tiny", *["poisoned"] * (name in POISONED), *["gone_back"] * (name in BACK))
             ]
             config_file, extra, _ = TOPOLOGIES[name]
             with pytest.MonkeyPatch.context() as patch:
@@ -145,7 +147,7 @@ def test_same_trajectory(name: str, reference: Path, runs: Runs) -> None:
         assert have["val/clarity_mae"] == pytest.approx(want["val/clarity_mae"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", POISONED)
 def test_poisoned_steps_are_left_out(name: str, runs: Runs) -> None:
     """Catches: a bad sample on one rank that only this one hears of, that some backend lets touch weights or moments,
     or that is not named; a run that ends elsewhere for it than on one process, or far from a clean one."""
