@@ -66,6 +66,7 @@ class Running:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if test():
+                self.tree()  # those that are there: they may outlive the launcher
                 return True
             if self.launcher.poll() is not None:
                 return False
