@@ -93,6 +93,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield values
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file that nothing depends on: where the disk takes nothing, there is none."""
+    with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def sync(path: Path) -> None:
     """Have the system put a file's bytes, or a folder's names, on the disk."""
     handle = os.open(path, os.O_RDONLY)

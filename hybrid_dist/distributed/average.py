@@ -34,11 +34,11 @@ class Average:
             left_out: (), fp32 on the device: where it is 1, the means stay as they are.
         """
         assert not self.exchanged
-        shares: dict[torch.device, Tensor] = {}
-        for weight, mean in self._means.items():
-            if mean.device not in shares:  # on the host, where the optimizer is offloaded
-                shares[mean.device] = (1 - decay) * (1 - left_out).to(mean.device)
-            mean.lerp_(weight, shares[mean.device])
+        weights, means = list(self._means), list(self._means.values())
+        if not means:  # of few small tensors a rank may own nothing
+            return
+        share = (1 - decay) * (1 - left_out).to(means[0].device)  # the host, where the optimizer is offloaded
+        torch._foreach_lerp_(means, weights, [share] * len(means))
 
     @torch.no_grad()
     def exchange(self) -> None:

@@ -20,7 +20,8 @@ def make_engine(
     """Put `model` with AdamW over `groups` (as `param_groups` gives them) on the topology.
 
     The model's weights have to be right by now: ZeRO takes its fp32 master copies from them, and their mean, if
-    `train.ema` asks for one, begins there.
+    `train.ema` asks for one, begins there. AdamW is fused: one pass over memory instead of several, and a step that can
+    be left out on the device.
     """
     engine = _make(topology, model, groups, train, accumulation)
     if train.ema is not None:
@@ -34,7 +35,7 @@ def _make(
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
         model.to(topology.device)
-        return PlainEngine(topology, model, _adamw(groups, options, train), train.clip_norm)
+        return PlainEngine(topology, model, torch.optim.AdamW(groups, fused=True, **options), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
     config = configure(topology, model, train, accumulation)
@@ -42,13 +43,7 @@ def _make(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
-    return ZeroEngine(topology, model, _adamw(groups, options, train), train.clip_norm)
-
-
-def _adamw(groups: list[dict[str, Any]], options: dict[str, Any], train: TrainConfig) -> torch.optim.AdamW:
-    """Fused: one pass over memory instead of several, and a step that can be left out on the device.
-
-    Under fp16 it is the scaler that leaves steps out. To a fused optimizer it hands scaled gradients, which at ZeRO 0,
-    where clipping comes last, would be clipped as if they were not.
-    """
-    return torch.optim.AdamW(groups, fused=train.precision != "fp16", **options)
+    # A scaler hands scaled gradients to a fused optimizer. At ZeRO 0, where clipping comes last, they would be clipped
+    # as if they were not.
+    fused = train.precision != "fp16"
+    return ZeroEngine(topology, model, torch.optim.AdamW(groups, fused=fused, **options), train.clip_norm)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ import numpy as np
 
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.distributed import Control
-from hybrid_dist.files import read_lines
+from hybrid_dist.files import append_line, read_lines
 from hybrid_dist.tracking import json_line
 from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.state import TrainState
@@ -86,8 +84,14 @@ class Guard:
             named = f"the suspects are {self._names(self._suspects)}" if self._suspects else "no sample stands out"
             self._told = f"{self.state.bad_streak} bad steps in a row, the last is {last}; {named}"
         if self.control.rank == 0:
-            facts = {"phase": self.state.phase, "step": made.step, "time": time.time(), "reason": reason}
-            self._write({**facts, "loss": made.losses[0], "suspects": rows, "sample_ids": ids})
+            facts: dict[str, Any] = {
+                "phase": self.state.phase,
+                "step": made.step,
+                "time": time.time(),
+                "reason": reason,
+            }
+            facts |= {"loss": made.losses[0], "suspects": rows, "sample_ids": ids}
+            append_line(self.file, json_line(facts))
             of = f"; its samples: {self._names(rows)}" if rows else ""
             self.warn(f"phase {self.state.phase}, {last}, so it is left out{of}; all of them in {BAD_STEPS}")
         return False
@@ -117,17 +121,11 @@ class Guard:
         names = [repr(self.table.filename(row)) for row in rows[:NAMED]]
         return ", ".join(names) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
 
-    def _write(self, facts: dict[str, Any]) -> None:
-        # A disk that takes nothing does not end a run; the terminal has said it.
-        with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8") as file:
-            file.write(json_line(facts) + "\n")
-
 
 def note_went_back(folder: Path, phase: str, step: int, name: str) -> None:
     """Write that phase `phase` has gone back from `step` to checkpoint `name`; rank 0 alone."""
     facts = {"phase": phase, "step": step, "time": time.time(), "went_back_to": name}
-    with contextlib.suppress(OSError), (folder / BAD_STEPS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")
+    append_line(folder / BAD_STEPS, json_line(facts))
 
 
 def has_gone_back(folder: Path, phase: str) -> bool:

@@ -587,8 +587,7 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str, since
         none = "There is no good checkpoint to go back to; other pictures, labels or weights, or a lower learning rate"
         raise UserError(f"{reason}. {none} in a new run, would do", shared=True)
     abandoned = state.step
-    for key, value in vars(TrainState.from_dict(good.state)).items():
-        setattr(state, key, value)
+    state.become(TrainState.from_dict(good.state))
 
     def tidy() -> None:
         with _disk(job.folder):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hybrid_dist.distributed import Topology
-from hybrid_dist.files import read_lines
+from hybrid_dist.files import append_line, read_lines
 from hybrid_dist.training.state import TrainState
 
 STARTS = "starts.jsonl"
@@ -29,8 +29,7 @@ def note_start(folder: Path, state: TrainState, topology: Topology) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"Python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
     }  # fmt: skip
-    with contextlib.suppress(OSError), (folder / STARTS).open("a", encoding="utf-8") as file:  # a full disk
-        file.write(json.dumps(facts) + "\n")
+    append_line(folder / STARTS, json.dumps(facts))
 
 
 def _version(name: str) -> str:

@@ -61,8 +61,12 @@ class TrainState:
             phase, step=self.step, samples=self.samples, positions=self.positions, data=self.data,
             wandb_id=self.wandb_id,
         )  # fmt: skip
+        self.become(fresh)
+
+    def become(self, other: TrainState) -> None:
+        """Stand where `other` does; whoever holds this one sees it."""
         for entry in fields(self):
-            setattr(self, entry.name, getattr(fresh, entry.name))
+            setattr(self, entry.name, getattr(other, entry.name))
 
 
 def check_own(config: Config, found: Found) -> None:

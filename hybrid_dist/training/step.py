@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,26 +124,24 @@ class LossLog:
     def __init__(self, kept: list[list[float]]):
         self.kept = list(kept)
         """Of each step that counts: the global batch's loss, and each task's."""
-        self._waiting: list[tuple[int, StepLosses, Sequence[Batch]]] = []
+        self._waiting: list[tuple[int, StepLosses, Tensor, Tensor]] = []
 
     def add(self, step: int, losses: StepLosses, batches: Sequence[Batch]) -> None:
         """Keep what a step has cost, on the device."""
-        rowwise = [replace(batch, images=batch.images[:0].clone(), labels={}) for batch in batches]  # pixels may go
-        self._waiting.append((step, losses, rowwise))
+        partners = [torch.full_like(batch.rows, -1) if batch.mix is None else batch.mix.rows for batch in batches]
+        self._waiting.append((step, losses, torch.cat([batch.rows for batch in batches]), torch.cat(partners)))
 
     def settle(self) -> list[Made]:
         """The steps since the last call. Waits for the device."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return []
-        totals = torch.stack([losses.totals for _, losses, _ in waiting]).to("cpu", torch.float64).tolist()
-        costs = torch.cat([cost for _, losses, _ in waiting for cost in losses.samples]).cpu().numpy()
+        totals = torch.stack([losses.totals for _, losses, *_ in waiting]).to("cpu", torch.float64).tolist()
+        costs = torch.cat([cost for _, losses, *_ in waiting for cost in losses.samples]).cpu().numpy()
         made, at = [], 0
-        for (step, _, batches), (*each, left_out) in zip(waiting, totals, strict=True):
-            rows = torch.cat([batch.rows for batch in batches]).numpy()
-            partners = [torch.full_like(batch.rows, -1) if batch.mix is None else batch.mix.rows for batch in batches]
+        for (step, _, rows, partners), (*each, left_out) in zip(waiting, totals, strict=True):
             own = costs[at : at + len(rows)]
-            made.append(Made(step, each, bool(left_out), rows, torch.cat(partners).numpy(), own))
+            made.append(Made(step, each, bool(left_out), rows.numpy(), partners.numpy(), own))
             at += len(rows)
         return made
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from tests.conftest import ROOT, command_line, environment, read_lines
 
 
@@ -108,6 +110,15 @@ class Running:
             return (self.run / "trace.jsonl").read_bytes().count(b"\n")
         except OSError:
             return 0
+
+
+def run_here(config: Path, *overrides: str) -> Path:
+    """Train in this process, to the end; the run's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(sys, "argv", ["train.py", "--config", str(config), *overrides])
+        assert train.main() == 0
+    return config.parent / "runs" / "tiny"
 
 
 def expect_same_run(run: Path, whole: Path) -> None:

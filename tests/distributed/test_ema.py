@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-import train
 from hybrid_dist.checkpoint import inspect
 from hybrid_dist.training import phase as phase_module
 from tests.conftest import launch, read_lines, tiny_values
 from tests.distributed.resumed import leave_at
-from tests.distributed.running import expect_same_run
+from tests.distributed.running import expect_same_run, run_here
 
 CUT = 8
 """The step that is gone on from: in phase b, within an epoch."""
@@ -43,14 +41,6 @@ def write(data: Path, folder: Path, ema: float | None = MOST, phases: int = 3, d
     values["tracking"] |= {"log_every": 1}
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
-
-
-def run_here(config: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(sys, "argv", ["train.py", "--config", str(config)])
-        assert train.main() == 0
-    return config.parent / "runs" / "tiny"
 
 
 @pytest.fixture(scope="module")

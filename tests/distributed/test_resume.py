@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from tests.conftest import launch, read_lines, tiny_values
+from tests.distributed.resumed import leave_at
 from tests.distributed.running import expect_same_run
 
 CUT = 17
@@ -37,16 +38,8 @@ def go_on(folder: Path, config_file: str | None, micro: int, *more: str) -> Path
 
 def cut_back(whole: Path, folder: Path) -> None:
     """A copy of a finished run as it stood after step CUT, with lines of later steps still in its files."""
-    run = folder / "runs" / "tiny"
-    shutil.copytree(whole, run)
+    leave_at(whole, folder / "runs" / "tiny", CUT)
     shutil.copy(whole.parent.parent / "config.yaml", folder / "config.yaml")
-    for checkpoint in (run / "checkpoints").iterdir():
-        if int(checkpoint.name.rpartition("-")[2]) > CUT:
-            shutil.rmtree(checkpoint)
-    if json.loads((run / "phase_b" / "best.json").read_text())["step"] > CUT:
-        shutil.rmtree(run / "phase_b")
-    shutil.rmtree(run / "phase_c")
-    shutil.rmtree(run / "model")
 
 
 @pytest.fixture(scope="module")

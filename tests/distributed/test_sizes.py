@@ -22,7 +22,7 @@ from hybrid_dist.config import load_config
 from hybrid_dist.inference.found import find_model
 from tests.conftest import tiny_values
 from tests.distributed.resumed import leave_at
-from tests.distributed.running import expect_same_run
+from tests.distributed.running import expect_same_run, run_here
 
 SMALL, LARGE = 64, 96
 BEFORE = 6
@@ -46,14 +46,6 @@ def write(data: Path, folder: Path) -> Path:
     values["tracking"] |= {"log_every": 1}
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
-
-
-def run_here(config: Path, *overrides: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setattr(sys, "argv", ["train.py", "--config", str(config), *overrides])
-        assert train.main() == 0
-    return config.parent / "runs" / "tiny"
 
 
 @pytest.fixture(scope="module")

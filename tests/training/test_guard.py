@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from hybrid_dist.checkpoint import Saver
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.data.dataset import Batch
 from hybrid_dist.model.heads import BALANCE
 from hybrid_dist.training import phase as phase_module
-from hybrid_dist.training import stop as stop_module
 from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.tasks import make_tasks
 from tests.conftest import read_lines
@@ -34,18 +31,6 @@ TASKS = {
     "clarity": TaskConfig(kind="regression", column="clarity"),
 }
 NAN = math.nan
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(stop_module, "LOOK", 0.0)
-
-    def run(config: Path, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
-        return train.main()
-
-    return run
 
 
 @pytest.fixture

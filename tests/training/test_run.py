@@ -27,7 +27,6 @@ from hybrid_dist.checkpoint import Found, Store
 from hybrid_dist.config import load_config
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
-from hybrid_dist.training import stop as stop_module
 from hybrid_dist.training.phase import PhaseLoop
 from hybrid_dist.training.stop import Stop
 from tests.conftest import ROOT, environment, fill, read_lines, tiny_values
@@ -38,19 +37,6 @@ PHASES = [
     {"name": "b", "trainable": ["heads", "transformer"], "steps": 5, "lr": 1e-3},
     {"name": "c", "trainable": ["all"], "steps": 4, "lr": 1e-3},
 ]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs train.py's main here."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(stop_module, "LOOK", 0.0)  # a run of twelve steps is over in a second
-
-    def run(config: Path, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
-        return train.main()
-
-    return run
 
 
 @pytest.fixture
