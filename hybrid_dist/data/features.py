@@ -193,7 +193,7 @@ class Stored:
         found = np.frombuffer(raw, into.dtype)
         if (int(found["row"][0]), int(found["view"][0]), int(found["sum"][0])) != (row, view, _sum(raw)):
             return False
-        into[:] = found
+        into.view(np.uint8)[:] = np.frombuffer(raw, np.uint8)
         return True
 
     def _handle(self, number: int) -> int:

@@ -214,6 +214,7 @@ class FrozenFeatures(Pixels):
 
     def stretch(self, start: int, total: int) -> int:
         boundary = self.turns * self.per_epoch
+        self.job.watch.beat("putting features on the disk")
         self.flush()
         with contextlib.suppress(OSError):  # it is there for other processes; after a power cut its sums tell
             self.log.sync()
