@@ -51,6 +51,9 @@ FORMAT = 1
 AT_ONCE = 16
 """Micro batches that may wait to be written: past this many the disk is slower than the training."""
 
+LEAVE = 60.0
+"""Seconds that the thread has to write what it holds, when the phase goes no further."""
+
 
 def views_of(phase: PhaseConfig, frozen: Sequence[str], length: Length) -> tuple[int | None, str | None]:
     """How many views the phase's samples have, None for one each turn; and why its `cache_features` can't pay.
@@ -277,8 +280,9 @@ class FrozenFeatures(Pixels):
 
     def close(self) -> None:
         self.model.remembers, self.model.remembered = False, []
-        self._waiting.put(None)
-        self._thread.join()
+        with contextlib.suppress(queue.Full):  # after an error a device, or a disk, may hang
+            self._waiting.put(None, timeout=LEAVE)
+            self._thread.join(LEAVE)
         self.log.close()
         self.stored.close()
 
