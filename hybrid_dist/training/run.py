@@ -748,6 +748,7 @@ def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) ->
 def _publish(job: Job, state: TrainState) -> None:
     with _disk(job.folder):
         publish_model(job.folder, state.phase, state.best_step, job.describe())
+    Pixels(job.folder).drop()  # the last phase may have been cut off right at its end
 
 
 def _finish(job: Job, state: TrainState) -> None:

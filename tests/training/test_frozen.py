@@ -125,6 +125,9 @@ def test_same_run_but_for_its_time(
     assert seen.runs == 2 * 8 * 2 + 8, "two branches over two turns, one over one"
     assert not (whole / "features").exists()
     assert (whole / "bad_pictures.csv").read_text().count("0011.png") == 1
+    (whole / "features" / "b").mkdir(parents=True)  # as if it had been cut off between its end and this one's
+    assert call(config, f"run.dir={config.parent / 'whole'}") == 0
+    assert not (whole / "features").exists()
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "open_features", uncached)
         assert call(config, f"run.dir={config.parent / 'uncached'}") == 0
