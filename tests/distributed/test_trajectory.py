@@ -79,7 +79,7 @@ class Runs:
                 patch.setenv("POISON", json.dumps({"poisoned": poison(POISON), "gone_back": poison(STREAK)}))
                 patch.setenv("FORGET", json.dumps({"kept": FORGOTTEN}))
                 script = "tests/distributed/many.py"
-                launch(*map(str, configs), config_file=config_file, extra=extra, script=script)
+                launch(*map(str, configs), config_file=config_file, extra=extra, script=script, timeout=450)
         return self._made[name] / twin / "runs" / twin
 
 
@@ -107,8 +107,8 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
         values["train"] |= {"max_bad_steps": 3, "ema": 0.9}
         values["checkpoint"], values["tracking"]["log_every"] = {"every_steps": 2, "keep": 1}, 9
     if run == "kept":
-        values["data"] |= {"workers": 1, "mixup": 0.4}
-        values["phases"] = [phase | {"steps": 9, "cache_features": 1} for phase in values["phases"][:2]]
+        values["data"] |= {"workers": int(config_file == "ddp"), "mixup": 0.4}
+        values["phases"] = [phase | {"steps": 6, "cache_features": 1} for phase in values["phases"][:2]]
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
 
@@ -209,7 +209,7 @@ def test_features_that_are_kept(name: str, runs: Runs) -> None:
     that runs a branch whose weights ZeRO 3 gathers while the others read; files that stay."""
     run, one = runs(name, "kept"), runs(REFERENCE, "kept")
     wants, haves = read_lines(one / "trace.jsonl"), read_lines(run / "trace.jsonl")
-    assert len(haves) == len(wants) == 18
+    assert len(haves) == len(wants) == 12
     for want, have in zip(wants, haves, strict=True):
         assert (have["sample_ids"], have["digest"]) == (want["sample_ids"], want["digest"])
         assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), have["step"]
