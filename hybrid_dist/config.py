@@ -156,6 +156,8 @@ class TrainConfig(Section):
     """Samples in an optimizer step, over all processes: the only batch size that the result depends on."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 16
     """Samples that a process takes at a time; accumulation follows. `auto`: by the plan, less if memory runs out."""
+    checkpoint_activations: list[Literal["cnn", "transformer"]] = []
+    """Branches whose blocks are computed again in the backward pass instead of kept: slower, with less memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass; weights and optimizer stay fp32."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
@@ -338,7 +340,7 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "max_bad_steps", "deterministic", "stall_timeout"},
+    "train": {"micro_batch_size", "checkpoint_activations", "max_bad_steps", "deterministic", "stall_timeout"},
 }
 
 

@@ -350,6 +350,7 @@ def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
     _check_models(job.config)
     model = job.build(job.config.phases[0], load=True)
+    model.checkpoint_activations(job.config.train.checkpoint_activations)
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
@@ -646,6 +647,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         model = job.build(phase, load=False)
         model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
+    model.checkpoint_activations(job.config.train.checkpoint_activations)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found, layout)

@@ -44,6 +44,10 @@ POISON = {3: (5, "pixels"), 14: (5, "label"), 15: (0, "label"), 27: (12, "pixels
 STREAK = {16: (5, "label"), 17: (5, "pixels"), 18: (4, "label")}
 
 
+RECOMPUTED = ("one, micro 4", "ZeRO 2 offload x2", "ZeRO 3 x2")
+"""Where activations are computed again."""
+
+
 def poison(steps: dict[int, tuple[int, str]]) -> dict[int, tuple[int, str]]:
     """By step the row of the sample that spoils it, and how."""
     found = {}
@@ -97,6 +101,8 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
     values["train"] |= {"precision": precision, "micro_batch_size": micro}
+    if name in RECOMPUTED:
+        values["train"]["checkpoint_activations"] = ["cnn", "transformer"]
     if run == "gone_back":
         values["train"] |= {"max_bad_steps": 3, "ema": 0.9}
         values["checkpoint"], values["tracking"]["log_every"] = {"every_steps": 2, "keep": 1}, 9
