@@ -43,12 +43,14 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
+from hybrid_dist.machine import forget_peak_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
+from hybrid_dist.training.profile import check_folder as check_profile_folder
 from hybrid_dist.training.publish import (
     best_is_there,
     best_step,
@@ -191,6 +193,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     initial = [agree(topology, lambda: _first_model(job))] if found is None else []
     decide(topology, lambda: _claim_folder(job, fresh, found))
     try:
+        agree(topology, lambda: check_profile_folder(config))
         _report_unseen(job)
         _forget_lost_best(job, state)
         _train(job, state, found, only, initial)
@@ -620,6 +623,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
     job.watch.beat("building the model")
     job.sinks.begin(state, state.positions.get("metrics", 0))
+    forget_peak_memory(job.topology.device)
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
