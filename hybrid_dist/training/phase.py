@@ -274,7 +274,12 @@ class PhaseLoop:
         values: dict[str, Any] = dict(zip(names, mean, strict=True)) if mean else dict.fromkeys(names)
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
         if self._worked > 0:
-            values["perf/images_per_s"] = self._seen / self._worked
+            speed = self._seen / self._worked
+            values["perf/images_per_s"] = speed
+            values["perf/images_per_s_per_gpu"] = speed / self.topology.world_size
+            utilisation = self.job.utilisation.of(self.phase.name, speed)
+            if utilisation is not None:
+                values["perf/mfu"] = utilisation
             values["perf/data_wait"] = self._waited / self._worked
         values["perf/peak_memory_gb"] = peak_memory_gb(self.topology.device)
         self._waited = self._worked = 0.0

@@ -64,6 +64,7 @@ from hybrid_dist.training.starts import note_start
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
+from hybrid_dist.training.utilisation import Utilisation
 from hybrid_dist.training.watch import Watch
 
 DONE = 0
@@ -90,6 +91,7 @@ class Job:
     lock: RunLock
     stop: Stop
     watch: Watch
+    utilisation: Utilisation
     status: Status
     terminal: Terminal
     sinks: Sinks
@@ -194,6 +196,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     decide(topology, lambda: _claim_folder(job, fresh, found))
     try:
         agree(topology, lambda: check_profile_folder(config))
+        job.utilisation.begin()
         _report_unseen(job)
         _forget_lost_best(job, state)
         _train(job, state, found, only, initial)
@@ -218,6 +221,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.sinks.ended("failed", reason)
         raise
     finally:
+        job.utilisation.close()
         job.sinks.close()
 
 
@@ -245,6 +249,7 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
     counts = {name: train_table.class_counts(name, found) for name, found in class_maps.items()}
+    numbers = {name: len(names) for name, names in classes.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
@@ -262,8 +267,8 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
         config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
-        lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch, status=status, terminal=terminal,
-        sinks=sinks,
+        lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch,
+        utilisation=Utilisation(config, numbers, topology, terminal.say), status=status, terminal=terminal, sinks=sinks,
     )  # fmt: skip
 
 
