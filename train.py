@@ -8,12 +8,15 @@ import sys
 import traceback
 from typing import NoReturn
 
+from hybrid_dist.again import begin_anew, times
 from hybrid_dist.arguments import parse
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import ends_with_its_launcher
-from hybrid_dist.training.stop import Stop
+from hybrid_dist.training.stop import EXIT_STOPPED, Stop
 
 CRASHED = 1
+AGAIN = -1
+"""Memory ran out, and this process is to begin anew."""
 
 
 def main() -> int:
@@ -21,7 +24,8 @@ def main() -> int:
     stop = Stop()
     stop.listen()
     try:
-        return _train(stop)
+        code = _train(stop)
+        return EXIT_STOPPED if code == AGAIN else code
     finally:
         stop.close()
 
@@ -32,11 +36,16 @@ def _train(stop: Stop) -> int:
         with ends_with_its_launcher():
             config, arguments = parse(None, "Train a run: what is left of its phases, or of one of them.")
             from hybrid_dist.distributed import leave, start
+            from hybrid_dist.training.room import Again
             from hybrid_dist.training.run import run
 
-            same = {**config.alike(), "--phase": arguments.phase, "--fresh": arguments.fresh}
+            fresh = arguments.fresh and times() == 0
+            same = {**config.alike(), "--phase": arguments.phase, "--fresh": fresh}
             topology = start(config.train.precision, config.train.stall_timeout, same, config.train.deterministic)
-        code = run(config, topology, stop, arguments.phase, arguments.fresh)
+        try:
+            code = run(config, topology, stop, arguments.phase, fresh)
+        except Again:
+            return AGAIN
         leave()
         if code == 0 and topology.is_main and config.tracking.report:
             from hybrid_dist.report.run.close import write_if_behind
@@ -80,4 +89,7 @@ def _leave(code: int) -> NoReturn:
 if __name__ == "__main__":
     listening = Stop()
     listening.listen()
-    _leave(_train(listening))
+    result = _train(listening)
+    if result == AGAIN:
+        begin_anew()
+    _leave(result)

@@ -170,7 +170,8 @@ def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str
     model = build_model(config.model, config.tasks, classes(config), config.data.image_size, 0, load=False)
     model.set_trainable(next(entry.trainable for entry in config.phases if entry.name == phase))
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
-    engine = make_engine(topology, model, param_groups(model, config.train.weight_decay), config.train, accumulation)
+    groups, micro_batch = param_groups(model, config.train.weight_decay), config.train.micro_batch(1)
+    engine = make_engine(topology, model, groups, config.train, micro_batch, accumulation)
     engine.set_lr(1e-6)
     gradients: dict[int, int] = {}
     watch_gradients(engine, gradients)
@@ -183,11 +184,11 @@ def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str
             # DDP's buckets are known to Python only while gradients lie in them.
             used.append(everything() | (gradients.keys() if topology.world_size > 1 else set()))
         with record_function(MARK) if measured else contextlib.nullcontext():
-            train_step(engine, Objective(tasks), work, counts, [0] * accumulation, topology.device, lambda _: None)
+            train_step(engine, Objective(tasks), work, counts, 0, topology.device, lambda _: None)
     found = {"gradients": sum(gradients.values()), "parameters": sum(parameter_storages(engine).values())}
     found["optimizer"] = sum(optimizer_storages(engine).values())
     with Sent(topology.world_size) as sent:
-        train_step(engine, Objective(tasks), work, counts, [0] * accumulation, topology.device, lambda _: None)
+        train_step(engine, Objective(tasks), work, counts, 0, topology.device, lambda _: None)
     found["sent"] = round(sent.bytes)
     engine.close()
     return found, used

@@ -161,8 +161,8 @@ class ProfileConfig(Section):
 class TrainConfig(Section):
     global_batch_size: int = Field(64, ge=1)
     """Samples in an optimizer step, over all processes: the only batch size that the result depends on."""
-    micro_batch_size: int = Field(16, ge=1)
-    """Samples that a process takes at a time; accumulation follows."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 16
+    """Samples that a process takes at a time; accumulation follows. `auto`: by the plan, less if memory runs out."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass; weights and optimizer stay fp32."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
@@ -183,6 +183,10 @@ class TrainConfig(Section):
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
     profile: ProfileConfig | None = None
     """Where the time of some steps goes, by torch.profiler, into `RUN/profile/`; null: not looked at."""
+
+    def micro_batch(self, otherwise: int) -> int:
+        """The micro batch, where it is a number."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else otherwise
 
 
 class PhaseConfig(Section):

@@ -159,7 +159,9 @@ def test_bench_step(
     from hybrid_dist.bench import step
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    phases = [{"name": name, "trainable": [what], "steps": 9, "lr": 1e-3} for name, what in (("a", "heads"), ("c", "all"))]
+    phases = [
+        {"name": name, "trainable": [what], "steps": 9, "lr": 1e-3} for name, what in (("a", "heads"), ("c", "all"))
+    ]
     config = str(tiny_config(phases=phases))
     command = [
         "bench",

@@ -80,7 +80,7 @@ def measure(config: Config, topology: Topology, repeats: int, folder: Path) -> d
     model.set_trainable(config.phases[-1].trainable)
     layout = Layout.of(model)
     groups = param_groups(model, config.train.weight_decay)
-    engine = make_engine(topology, model, groups, config.train, 1)
+    engine = make_engine(topology, model, groups, config.train, config.train.micro_batch(1), 1)
     _one_step(engine, topology, config, make_tasks(config.tasks, classes))
     store = Store(folder / "ours", 1, ["bench"])
     saver = Saver(store, topology.control, print, lambda: None, lambda found, tick: store.prune(found.path))
@@ -107,7 +107,7 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     from hybrid_dist.training.objective import Objective
     from hybrid_dist.training.step import train_step
 
-    size, micro = config.final_size, config.train.micro_batch_size
+    size, micro = config.final_size, config.train.micro_batch(1)
     images = torch.randint(0, 255, (micro, 3, size, size), dtype=torch.uint8)
     labels = {
         name: torch.zeros(micro, dtype=torch.int64) if task.kind == "classification" else torch.full((micro,), 0.5)
@@ -116,7 +116,7 @@ def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) ->
     batch = Batch(images, labels, torch.arange(micro))
     counts = {task.name: micro * topology.world_size for task in tasks}
     engine.set_lr(1e-6)
-    train_step(engine, Objective(tasks), [batch], counts, [0], topology.device, lambda doing: None)
+    train_step(engine, Objective(tasks), [batch], counts, 0, topology.device, lambda doing: None)
 
 
 def _ours(saver: Saver, engine: Engine, layout: Any, step: int) -> tuple[float, float]:

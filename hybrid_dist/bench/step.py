@@ -93,13 +93,15 @@ def measure(config: Config, topology: Topology, phase: PhaseConfig, steps: int) 
     from hybrid_dist.data.order import check_divides
     from hybrid_dist.machine import forget_peak_memory, peak_memory_gb
     from hybrid_dist.plan.flops import flops_per_picture
+    from hybrid_dist.training.room import choose, look
     from hybrid_dist.training.utilisation import peak_flops
 
     train, world = config.train, topology.world_size
-    accumulation = check_divides(train.global_batch_size, train.micro_batch_size, world)
+    check_divides(train.global_batch_size, train.micro_batch(1), world)
     classes = {name: CLASSES for name, task in config.tasks.items() if task.kind == "classification"}
+    micro = choose(config, classes, topology, look(config, topology, fresh=True), lambda text: None)
     forget_peak_memory(topology.device)
-    times, parts, parameters = _times(config, topology, phase, accumulation, steps)
+    times, parts, parameters = _times(config, topology, phase, micro, steps)
     flops = sum(flops_per_picture(config, classes, phase)) if topology.is_main else 0.0
     seconds = statistics.median(times)
     speed = train.global_batch_size / seconds
@@ -107,7 +109,7 @@ def measure(config: Config, topology: Topology, phase: PhaseConfig, steps: int) 
     return {
         "topology": topology.label, "phase": phase.name, "precision": train.precision,
         "image_size": config.size(phase), "global_batch_size": train.global_batch_size,
-        "micro_batch_size": train.micro_batch_size, "steps": steps, **parameters,
+        "micro_batch_size": micro, "steps": steps, **parameters,
         "seconds": seconds, "lowest": min(times), "highest": max(times),
         **{f"{part}_s": parts[part] for part in PARTS},
         "images_per_s": speed, "peak_memory_gb": peak_memory_gb(topology.device),
@@ -117,7 +119,7 @@ def measure(config: Config, topology: Topology, phase: PhaseConfig, steps: int) 
 
 
 def _times(
-    config: Config, topology: Topology, phase: PhaseConfig, accumulation: int, steps: int
+    config: Config, topology: Topology, phase: PhaseConfig, micro: int, steps: int
 ) -> tuple[list[float], dict[str, float], dict[str, int]]:
     """Seconds of each step; a part's median; and how many parameters there are, and train."""
     from hybrid_dist.distributed import make_engine, measured
@@ -129,10 +131,11 @@ def _times(
     model.set_trainable(phase.trainable)
     numbers = describe(model)["all"]
     groups = param_groups(model, config.train.weight_decay, None, peak_rates(model, phase))
-    engine = make_engine(topology, model, groups, config.train, accumulation)
+    accumulation = config.train.global_batch_size // (micro * topology.world_size)
+    engine = make_engine(topology, model, groups, config.train, micro, accumulation)
     del model
     try:
-        step = _stepper(engine, topology, config, phase, accumulation)
+        step = _stepper(engine, topology, config, [_batch(config, phase, topology, micro)] * accumulation)
         for _ in range(WARM_UP):
             step()
         times = []
@@ -151,9 +154,7 @@ def _times(
     return times, parts, {"parameters": numbers["total"], "trainable": numbers["trainable"]}
 
 
-def _stepper(
-    engine: Engine, topology: Topology, config: Config, phase: PhaseConfig, accumulation: int
-) -> Callable[[], None]:
+def _stepper(engine: Engine, topology: Topology, config: Config, batches: list[Batch]) -> Callable[[], None]:
     """Makes a step, as the loop does, and waits for it."""
     from hybrid_dist.data.labels import ClassMap
     from hybrid_dist.training.objective import Objective
@@ -163,12 +164,11 @@ def _stepper(
     names = ClassMap.from_names(str(number) for number in range(CLASSES)).classes
     tasks = make_tasks(config.tasks, dict.fromkeys(config.tasks, names))
     objective, wait = Objective(tasks), _waiting(topology)
-    batches = [_batch(config, phase, topology.device.type == "cuda")] * accumulation
     labels = dict.fromkeys(config.tasks, float(config.train.global_batch_size))
     engine.set_lr(1e-6)
 
     def step() -> None:
-        train_step(engine, objective, batches, labels, range(accumulation), topology.device, lambda doing: None)
+        train_step(engine, objective, batches, labels, 0, topology.device, lambda doing: None)
         if config.train.ema is not None:
             engine.update_ema(config.train.ema)
         wait()
@@ -183,19 +183,19 @@ def _waiting(topology: Topology) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
 
 
-def _batch(config: Config, phase: PhaseConfig, pin: bool) -> Batch:
+def _batch(config: Config, phase: PhaseConfig, topology: Topology, micro: int) -> Batch:
     """Random pictures as a loader gives them, uint8 and channels-last, every label there."""
     import torch
 
     from hybrid_dist.data.dataset import Batch
 
-    size, micro = config.size(phase), config.train.micro_batch_size
+    size = config.size(phase)
     images = torch.randint(0, 255, (micro, size, size, 3), dtype=torch.uint8)
     labels = {
         name: torch.arange(micro) % CLASSES if task.kind == "classification" else torch.full((micro,), 0.5)
         for name, task in config.tasks.items()
     }
-    if pin:
+    if topology.device.type == "cuda":
         images = images.pin_memory()
     return Batch(images.permute(0, 3, 1, 2), labels, torch.arange(micro))
 

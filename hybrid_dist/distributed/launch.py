@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 
 from hybrid_dist.distributed.control import Control
 from hybrid_dist.distributed.determinism import choose_algorithms
-from hybrid_dist.distributed.meeting import choose_interface, connecting, meet
+from hybrid_dist.distributed.meeting import choose_interface, connecting, meet, starting_point
 from hybrid_dist.errors import UserError
 
 LEAST_PATIENCE = timedelta(minutes=30)
@@ -121,7 +121,7 @@ def _accelerate(precision: str, has_cuda: bool, deepspeed: bool, patience: timed
         handlers.append(group)
         # accelerate would do it, but not without loading DeepSpeed, which may take a minute to compile something.
         with connecting():
-            dist.init_process_group("nccl" if has_cuda else "gloo", timeout=patience)
+            dist.init_process_group("nccl" if has_cuda else "gloo", timeout=patience, **starting_point())
             control = Control(dist.get_rank(), dist.get_world_size(), patience)
             if has_cuda:  # NCCL connects at the first collective
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

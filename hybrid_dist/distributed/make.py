@@ -15,22 +15,36 @@ from hybrid_dist.distributed.plain import PlainEngine
 
 
 def make_engine(
-    topology: Topology, model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, accumulation: int
+    topology: Topology,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    train: TrainConfig,
+    micro_batch: int,
+    accumulation: int,
 ) -> Engine:
     """Put `model` with AdamW over `groups` (as `param_groups` gives them) on the topology.
 
     The model's weights have to be right by now: ZeRO takes its fp32 master copies from them, and their mean, if
     `train.ema` asks for one, begins there. AdamW is fused: one pass over memory instead of several, and a step that can
     be left out on the device.
+
+    Args:
+        micro_batch: Samples that each process takes at a time.
+        accumulation: Micro batches in a step.
     """
-    engine = _make(topology, model, groups, train, accumulation)
+    engine = _make(topology, model, groups, train, micro_batch, accumulation)
     if train.ema is not None:
         engine.keep_average()
     return engine
 
 
 def _make(
-    topology: Topology, model: nn.Module, groups: list[dict[str, Any]], train: TrainConfig, accumulation: int
+    topology: Topology,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    train: TrainConfig,
+    micro_batch: int,
+    accumulation: int,
 ) -> Engine:
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -38,7 +52,7 @@ def _make(
         return PlainEngine(topology, model, torch.optim.AdamW(groups, fused=True, **options), train.clip_norm)
     from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
 
-    config = configure(topology, model, train, accumulation)
+    config = configure(topology, model, train, micro_batch, accumulation)
     if offloads_optimizer(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
+from hybrid_dist.again import times
 from hybrid_dist.errors import UserError
 
 PATIENCE = 300.0
@@ -107,6 +108,17 @@ def _open_store(rank: int, world_size: int) -> Any:
     _KEPT.append(store)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"hybrid-dist/{attempt}", store)  # type: ignore[attr-defined]
+
+
+def starting_point() -> dict[str, Any]:
+    """Arguments of torch's start, after a meeting: nothing for the usual one.
+
+    Ranks that have begun anew under the same launcher find the addresses of before where torch keeps them.
+    """
+    if times() == 0:
+        return {}
+    store = dist.PrefixStore(f"begun-anew/{times()}", _KEPT[-1])  # type: ignore[attr-defined]
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 _KEPT: list[Any] = []

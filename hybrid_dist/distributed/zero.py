@@ -18,7 +18,9 @@ from hybrid_dist.distributed.spans import OPTIMIZER, span
 from hybrid_dist.distributed.tuning import fill_in, tuned
 
 
-def configure(topology: Topology, model: nn.Module, train: TrainConfig, accumulation: int) -> dict[str, Any]:
+def configure(
+    topology: Topology, model: nn.Module, train: TrainConfig, micro_batch: int, accumulation: int
+) -> dict[str, Any]:
     """Write what the run's config and the model fix into the launch file's DeepSpeed config, and return that."""
     # DeepSpeed 0.19 calls what torch 2.14 has renamed; that says it again at every collective.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -33,9 +35,9 @@ def configure(topology: Topology, model: nn.Module, train: TrainConfig, accumula
     cuda = topology.device.type == "cuda"
     fill_in(zero, tuned(plugin.zero_stage, trainable, total), cuda)
     config.update(
-        train_micro_batch_size_per_gpu=train.micro_batch_size,
+        train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
-        train_batch_size=train.micro_batch_size * accumulation * topology.world_size,
+        train_batch_size=micro_batch * accumulation * topology.world_size,
         # At stage 0 DeepSpeed would clip without telling the norm: there it is done in ZeroEngine.
         gradient_clipping=train.clip_norm if plugin.zero_stage > 0 else 0.0,
         steps_per_print=None,

@@ -98,7 +98,8 @@ def gpus(config: Config | None) -> Iterator[Line]:
 def shared_memory(config: Config, processes: int) -> Line:
     """Batches wait in /dev/shm, which containers keep small."""
     workers = resolve_workers(config.data.workers, processes)
-    batch = config.train.micro_batch_size * 3 * max(config.sizes) ** 2
+    share = config.train.global_batch_size // processes or 1
+    batch = config.train.micro_batch(share) * 3 * max(config.sizes) ** 2
     needed = processes * workers * AHEAD * batch
     if not SHM.is_dir():
         return ok("shared memory", "no /dev/shm here")

@@ -30,7 +30,7 @@ def memory_lines(config: Config) -> Iterator[Line]:
         yield warn("memory", str(error), "hybrid-dist plan tells what fits on how many GPUs")
         return
     where = f"on each of {processes} GPUs" if processes > 1 else "on the GPU" if gpus else "in main memory"
-    own, needed, there = config.train.micro_batch_size, found.bytes / 1e9, memory / 1e9
+    own, needed, there = config.train.micro_batch(found.micro_batch or 1), found.bytes / 1e9, memory / 1e9
     text = f"phase {found.phase} takes about {needed:.1f} of {there:.1f} GB {where}, micro batch {own}"
     if found.fits:
         yield ok("memory", f"{text}, {found.launch}")

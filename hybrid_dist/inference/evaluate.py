@@ -190,7 +190,11 @@ def _batches(
         if missing is not None:
             say(f"warning: {missing}")
     ranks = (place.rank, place.world_size, place.local_world_size)
-    return opened.loader(table, config.train.micro_batch_size, data.workers, ranks, packed)
+    return opened.loader(table, config.train.micro_batch(EVALUATED), data.workers, ranks, packed)
+
+
+EVALUATED = 32
+"""Pictures at a time where the config names no number: without gradients they take little."""
 
 
 def _noting(batches: Iterable[Batch], bad: dict[int, str]) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from hybrid_dist.errors import UserError
 from hybrid_dist.model.backbones import Backbone, Features, check_name, probe
 from hybrid_dist.model.fusion import Fusion, build_fusion, find_fusion
 from hybrid_dist.model.heads import BALANCE, HEADS, Balance, Head
+from hybrid_dist.model.noise import Noise
 from hybrid_dist.model.weights import find_weights, fit_positions, load_weights
 
 # A module's attribute can't be called `type` (nn.Module has a method of that name), a task can.
@@ -31,6 +32,7 @@ class Hybrid(nn.Module):
         cnn, transformer: the branches; one may be None.
         fusion: of the branches' features.
         heads: `task_NAME` → head; and `balance`, where training learns the tasks' weights.
+        noise: what dropout and stochastic depth draw from.
     """
 
     cnn: Backbone | None
@@ -52,6 +54,8 @@ class Hybrid(nn.Module):
         self.heads = nn.ModuleDict({HEAD_PREFIX + task: head for task, head in heads.items()})
         if balance is not None:
             self.heads[BALANCE_HEAD] = balance
+        self.noise = Noise()
+        self.noise.attach(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), RGB, any memory format → task → logits (B, K) or scores (B,), fp32.

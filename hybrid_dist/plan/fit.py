@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_dist.config import Config
+from hybrid_dist.errors import UserError
 from hybrid_dist.plan.answer import Row
 from hybrid_dist.plan.choose import Planner
 from hybrid_dist.plan.split import look
@@ -18,11 +19,11 @@ class Fit:
     fits: bool
     launch: str
     micro_batch: int
-    """The config's own where it fits, else the largest that does under `launch`; 0: none."""
+    """The config's own where it is a number and fits, else the largest that does under `launch`; 0: none."""
     phase: str
     """The one that needs most."""
     bytes: int
-    """What it needs on each process, with the config's micro batch under the last launch file that was tried."""
+    """What it needs on each process; where nothing fits, with the config's micro batch under the last launch file."""
 
 
 def fit(config: Config, processes: int, memory: int, device: str, launch: str | None = None) -> Fit:
@@ -39,18 +40,48 @@ def fit(config: Config, processes: int, memory: int, device: str, launch: str | 
     """
     planner = Planner(config, look(config).classes, processes, memory, device)
     tried = [strategy for strategy in planner.strategies if launch in (None, strategy.name)]
+    sizes = planner.micro_batches()
     own = config.train.micro_batch_size
+    if own == "auto":
+        return _any(planner, tried, sizes)
     worst = None
     for strategy in tried:
         worst = _worst(planner, strategy, own)
         if worst.fits:
             return Fit(True, strategy.name, own, worst.phase, worst.peak)
     assert worst is not None, launch
-    for size in planner.micro_batches():
+    for size in sizes:
         for strategy in tried:
             if size < own and _worst(planner, strategy, size).fits:
                 return Fit(False, strategy.name, size, worst.phase, worst.peak)
     return Fit(False, worst.launch, 0, worst.phase, worst.peak)
+
+
+def _any(planner: Planner, tried: list[Strategy], sizes: list[int]) -> Fit:
+    """With whichever micro batch."""
+    for strategy in tried:
+        for size in sizes:
+            worst = _worst(planner, strategy, size)
+            if worst.fits:
+                return Fit(True, strategy.name, size, worst.phase, worst.peak)
+    return Fit(False, worst.launch, 0, worst.phase, worst.peak)
+
+
+def largest(
+    config: Config, classes: dict[str, int], processes: int, memory: int, device: str, strategy: Strategy
+) -> int | None:
+    """The largest micro batch with which all phases fit; None: none, or the plan can't tell.
+
+    Args:
+        classes: Labels of each classification task.
+        memory: Bytes for each process.
+        device: `cuda` or `cpu`.
+    """
+    try:
+        planner = Planner(config, classes, processes, memory, device)
+        return next((size for size in planner.micro_batches() if _worst(planner, strategy, size).fits), None)
+    except UserError:
+        return None
 
 
 def _worst(planner: Planner, strategy: Strategy, micro_batch: int) -> Row:

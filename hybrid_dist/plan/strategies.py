@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hybrid_dist.distributed.tuning import tuned
 
@@ -30,6 +31,24 @@ SEVERAL = (
     Strategy("zero3_offload", 3, offload_optimizer=True, offload_parameters=True),
 )
 """The simplest and fastest first."""
+
+
+def strategy_of(zero: Mapping[str, Any], processes: int, device: str) -> Strategy:
+    """What a launch does, whatever its file is called.
+
+    Args:
+        zero: DeepSpeed's section `zero_optimization`; empty without DeepSpeed.
+        device: `cuda` or `cpu`.
+    """
+    if processes == 1 and not zero:
+        return ONE_PROCESS if device == "cuda" else ON_THE_CPU
+
+    def offloads(what: str) -> bool:
+        return ((zero.get(what) or {}).get("device") or "none") != "none"
+
+    stage = int(zero.get("stage", 0))
+    return Strategy("as launched", stage, offloads("offload_optimizer"), offloads("offload_param"))
+
 
 PERSISTENT = 100_000
 """`stage3_param_persistence_threshold`: parameters of so many elements or fewer stay whole under ZeRO 3."""

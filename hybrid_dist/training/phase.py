@@ -29,7 +29,7 @@ from hybrid_dist.training.optim import ema_decay, learning_rate
 from hybrid_dist.training.profile import StepProfiler
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
-from hybrid_dist.training.step import LossLog, Made, dropout_seed, label_counts, trace_of, train_step
+from hybrid_dist.training.step import LossLog, Made, label_counts, step_seed, trace_of, train_step
 from hybrid_dist.training.stop import Stopped
 from hybrid_dist.training.tasks import Metrics
 from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv, validate
@@ -122,7 +122,7 @@ class PhaseLoop:
         self.bad = self._bad_pictures()
         if self.bad.lines is not None:
             self.files[BAD_PICTURES] = self.bad.lines
-        self.profile = StepProfiler(job.config, phase.name, self.topology, job.terminal.say, job.watch.beat)
+        self.profile = StepProfiler(job, phase.name)
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
@@ -213,11 +213,9 @@ class PhaseLoop:
         done = self.state.phase_step
         self.lr = learning_rate(done, self.length.total, self.peak_lr, self.phase.warmup)
         self.engine.set_lr(self.lr)
-        world, rank, seed = self.topology.world_size, self.topology.rank, self.config.run.seed
-        # Dropout follows from where a micro batch stands in the global batch, not from the rank that computes it.
-        seeds = [dropout_seed(seed, self.phase.name, done, micro * world + rank) for micro in range(len(batches))]
+        seed = step_seed(self.config.run.seed, self.phase.name, done)
         device, beat = self.topology.device, self.watch.beat
-        losses = train_step(self.engine, self.objective, batches, counts, seeds, device, beat)
+        losses = train_step(self.engine, self.objective, batches, counts, seed, device, beat)
         if self.config.train.ema is not None:
             self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))
         self.state.phase_step += 1

@@ -10,14 +10,14 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hybrid_dist.config import Config
-from hybrid_dist.distributed import Topology, measured
+from hybrid_dist.distributed import measured
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import whole_file, write_atomic
 from hybrid_dist.machine import peak_memory_gb
@@ -25,6 +25,8 @@ from hybrid_dist.training.profile_trace import MARK, allocated, joined, operatio
 
 if TYPE_CHECKING:
     from torch.profiler import profile
+
+    from hybrid_dist.training.run import Job
 
 FOLDER = "profile"
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -53,17 +55,10 @@ class StepProfiler:
     While it does not, a step costs a comparison. It asks for nothing but clocks: the training is the same to the bit.
     """
 
-    def __init__(
-        self, config: Config, phase: str, topology: Topology, say: Callable[[str], None], beat: Callable[[str], None]
-    ):
-        """Nothing is recorded yet.
-
-        Args:
-            say: Told what was found, by rank 0, and what can't be written.
-            beat: Told when writing begins.
-        """
-        self.config, self.phase, self.topology, self._say, self._beat = config, phase, topology, say, beat
-        asked = config.train.profile
+    def __init__(self, job: Job, phase: str):
+        """Nothing is recorded yet."""
+        self.job, self.phase, self.config, self.topology = job, phase, job.config, job.topology
+        asked = job.config.train.profile
         self._first, self._last = (asked.start, asked.start + asked.steps - 1) if asked is not None else (0, -1)
         self._profiler: profile | None = None
         self._marks = contextlib.ExitStack()
@@ -136,7 +131,7 @@ class StepProfiler:
         """Record no more, and write what has been; the phase ends, or so many steps are made."""
         if self._profiler is None and not self._traces:
             return
-        self._beat("writing a profile")
+        self.job.watch.beat("writing a profile")
         self._halt()
         if self._made and not self._closed:
             with self._complaining():
@@ -150,7 +145,7 @@ class StepProfiler:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             self._closed = True
-            self._say(f"warning: the profile of phase {self.phase} can't be written: {error}")
+            self.job.terminal.say(f"warning: the profile of phase {self.phase} can't be written: {error}")
 
     def _path(self, ending: str) -> Path:
         return self.config.folder / FOLDER / f"{self.phase}{ending}"
@@ -176,7 +171,7 @@ class StepProfiler:
         if self.topology.is_main:
             facts = self._facts(trace["traceEvents"])
             write_atomic(self._path(".json"), json.dumps(facts, indent=1) + "\n")
-            self._say(describe(facts, self._path(".json")))
+            self.job.terminal.say(describe(facts, self._path(".json")))
 
     def _facts(self, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
         topology, train = self.topology, self.config.train
@@ -185,7 +180,7 @@ class StepProfiler:
         bytes_allocated = allocated(events, on_cuda)
         return {
             "phase": self.phase, "topology": topology.label, "precision": train.precision,
-            "global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
+            "global_batch_size": train.global_batch_size, "micro_batch_size": self.job.micro_batch,
             "steps": self._made, "step_seconds": found.steps, "seconds": sum(found.steps) / len(found.steps),
             "split": found.parts, "communication_in_flight": found.in_flight,
             "operations": operations(events, self._made, on_cuda),

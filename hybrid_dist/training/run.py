@@ -40,7 +40,7 @@ from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
 from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
-from hybrid_dist.distributed import Topology, agree, decide, differences, explained, make_engine
+from hybrid_dist.distributed import Engine, Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
 from hybrid_dist.machine import forget_peak_memory
@@ -60,6 +60,7 @@ from hybrid_dist.training.publish import (
     publish_best,
     publish_model,
 )  # fmt: skip
+from hybrid_dist.training.room import Again, Limits, Room, choose, look
 from hybrid_dist.training.starts import note_start
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
@@ -79,6 +80,7 @@ class Job:
     config: Config
     folder: Path
     topology: Topology
+    micro_batch: int
     accumulation: int
     class_maps: dict[str, ClassMap]
     tasks: list[Task]
@@ -88,6 +90,7 @@ class Job:
     """By split, `train` or `val`, and size of pictures: those that are read from a packed copy."""
     store: Store
     saver: Saver
+    room: Room
     lock: RunLock
     stop: Stop
     watch: Watch
@@ -149,12 +152,12 @@ class Job:
         packed, held = self.packed.get(("train", size)), self.packed.get(("val", size))
         samples = training_samples(config, self.train_table, size, phase.name, packed, self.balance)
         order = TrainSampler(
-            len(self.train_table), train.global_batch_size, train.micro_batch_size,
+            len(self.train_table), train.global_batch_size, self.micro_batch,
             topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
         plain = Augment(size, config.tasks, train=False)
         val = Samples(self.val_table, plain, seed, phase.name, packed=held)
-        val_order = ValSampler(len(self.val_table), train.micro_batch_size, topology.rank, topology.world_size)
+        val_order = ValSampler(len(self.val_table), self.micro_batch, topology.rank, topology.world_size)
         return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
 
 
@@ -169,7 +172,8 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
     """
     if topology.is_main:
         stop.look_for(config.folder / "STOP")
-    job = agree(topology, lambda: prepare(config, topology, stop))
+    limits = look(config, topology, fresh)
+    job = agree(topology, lambda: prepare(config, topology, stop, limits))
     for (split, size), signature in decide(topology, lambda: _choose_packed(job)).items():
         found = agree(topology, lambda: _open_packed(job, split, size, signature))  # noqa: B023 (called at once)
         job.packed[split, size] = found
@@ -179,6 +183,7 @@ def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh:
         return _go(job, only, fresh)
     finally:
         job.watch.close()
+        job.room.close()
         if not job.saver.busy():  # a save that an error has left behind keeps the lock until the process ends
             job.lock.release()
 
@@ -194,6 +199,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [agree(topology, lambda: _first_model(job))] if found is None else []
     decide(topology, lambda: _claim_folder(job, fresh, found))
+    job.room.start(lambda reason: _begins_anew(job, reason))
     try:
         agree(topology, lambda: check_profile_folder(config))
         job.utilisation.begin()
@@ -208,6 +214,9 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.stop.done(terminal.say)
         terminal.say(f"stopped at step {state.step} ({asked}); the same command goes on from there")
         return EXIT_STOPPED
+    except Again as lack:
+        _begins_anew(job, str(lack))
+        raise
     except UserError as error:
         reason = str(error)
         if error.shared:
@@ -217,6 +226,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.sinks.ended("failed", reason)
         raise
     except Exception as error:
+        job.room.wait_for_news()
         reason = job.status.failed(_at_rank(topology, f"{type(error).__name__}: {error}"))
         job.sinks.ended("failed", reason)
         raise
@@ -225,19 +235,27 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.sinks.close()
 
 
+def _begins_anew(job: Job, reason: str) -> None:
+    """To those who watch it is a stop that somebody has gone on from."""
+    job.sinks.ended("stopped", reason)
+    job.sinks.close()
+
+
 def _at_rank(topology: Topology, reason: str) -> str:
     return f"rank {topology.rank}: {reason}" if topology.world_size > 1 else reason
 
 
-def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
+def prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train
     for sentence in (*check_mixing(config.data, config.tasks), *check_degrade(config.data, config.tasks)):
         terminal.say(sentence)
-    accumulation = check_divides(train.global_batch_size, train.micro_batch_size, topology.world_size)
     data = config.data
+    check_divides(train.global_batch_size, train.micro_batch(1), topology.world_size)
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)
+    sizes = {name: len(found.classes) for name, found in class_maps.items()}
+    micro_batch = choose(config, sizes, topology, limits, terminal.say)
     val_table = read_table(Path(data.val_csv), Path(data.val_images), config.tasks, class_maps)
     if topology.world_size > len(train_table):
         raise UserError(
@@ -249,7 +267,6 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
         raise UserError(f"{data.val_csv}: no label of a task that counts in val/score, so no epoch could be the best")
     classes = {name: found.classes for name, found in class_maps.items()}
     counts = {name: train_table.class_counts(name, found) for name, found in class_maps.items()}
-    numbers = {name: len(names) for name, names in classes.items()}
     status = Status(config.folder, topology.is_main, terminal.say)
     phases = {phase.name for phase in config.phases}
     store = Store(config.folder / "checkpoints", config.checkpoint.keep, phases)
@@ -264,11 +281,13 @@ def prepare(config: Config, topology: Topology, stop: Stop) -> Job:
 
     watch = Watch(config.folder, place, config.train.stall_timeout, stuck)
     return Job(
-        config=config, folder=config.folder, topology=topology, accumulation=accumulation, class_maps=class_maps,
+        config=config, folder=config.folder, topology=topology, micro_batch=micro_batch,
+        accumulation=check_divides(train.global_batch_size, micro_batch, topology.world_size), class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
-        lock=RunLock(config.folder, terminal.say), stop=stop, watch=watch,
-        utilisation=Utilisation(config, numbers, topology, terminal.say), status=status, terminal=terminal, sinks=sinks,
+        room=Room(config, topology, micro_batch), lock=RunLock(config.folder, terminal.say), stop=stop,
+        watch=watch, utilisation=Utilisation(config, sizes, topology, terminal.say), status=status, terminal=terminal,
+        sinks=sinks,
     )  # fmt: skip
 
 
@@ -641,8 +660,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
     groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
     job.watch.beat("building the engine")
-    engine = make_engine(job.topology, model, groups, job.config.train, job.accumulation)
-    try:
+    with job.room.guarded(phase.name, state), _engine(job, model, groups) as engine:
         if optimizer is not None:
             engine.load_optimizer(optimizer)
         if resumed:
@@ -656,6 +674,13 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         job.status("running", state.phase, state.step, job.topology.label)
         with explained():
             return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
+
+
+@contextlib.contextmanager
+def _engine(job: Job, model: Hybrid, groups: list[dict[str, Any]]) -> Iterator[Engine]:
+    engine = make_engine(job.topology, model, groups, job.config.train, job.micro_batch, job.accumulation)
+    try:
+        yield engine
     finally:
         engine.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import BACKWARD, FORWARD, OPTIMIZER, Control, Engine, span
+from hybrid_dist.model.noise import sample_keys
 from hybrid_dist.training.objective import Objective, mixed_with
 from hybrid_dist.training.tasks import Task
 
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
+    from hybrid_dist.model.hybrid import Hybrid
 
 
 def label_counts(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[int]:
@@ -51,7 +53,7 @@ def train_step(
     objective: Objective,
     batches: Sequence[Batch],
     counts: Mapping[str, float],
-    seeds: Sequence[int],
+    seed: int,
     device: torch.device,
     beat: Callable[[str], None],
 ) -> StepLosses:
@@ -62,21 +64,26 @@ def train_step(
 
     Args:
         counts: Labels of each task in the global batch; of mixed samples the share that is labelled.
-        seeds: For each micro batch, what its dropout and stochastic depth follow from.
+        seed: Of this step: what dropout and stochastic depth follow from, for each sample by its place in the global
+            batch, whichever rank and micro batch that is in.
         beat: Told of each thing that is done.
 
     Returns:
         The global batch's losses, the same on all ranks. Nothing here waits for the device.
     """
     engine.model.train()
+    noise = cast("Hybrid", engine.model).noise
+    world, rank = engine.topology.world_size, engine.topology.rank
     totals = torch.zeros(1 + len(objective.tasks), device=device)
     samples = []
-    for index, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-        last = index == len(batches) - 1
-        torch.manual_seed(seed)
+    for index, batch in enumerate(batches):
+        last, size = index == len(batches) - 1, len(batch.rows)
+        first = (index * world + rank) * size
+        torch.manual_seed(seed + first)  # for what a backbone may draw besides
         beat(f"in micro batch {index + 1} of {len(batches)}")
         with engine.accumulating(last):
             with span(FORWARD):
+                noise.begin(sample_keys(seed, first, size, device))
                 outputs = engine.forward(batch.images.to(device, non_blocking=True))
                 micro = objective(outputs, batch, counts)
                 totals += micro.shares
@@ -90,17 +97,14 @@ def train_step(
                 engine.backward(loss, last)
     with span(OPTIMIZER):
         engine.step()
+    noise.end()
     return StepLosses(torch.cat([totals, engine.left_out().view(1)]), samples)
 
 
-def dropout_seed(seed: int, phase: str, step: int, micro_batch: int) -> int:
-    """63 bits that a micro batch's dropout and stochastic depth follow from.
-
-    `micro_batch` counts within the global batch, over ranks and micro steps: with the same micro batch size the masks
-    are the same on any number of processes, and a resume needs no random state of the past.
-    """
-    digest = hashlib.blake2b(f"dropout/{seed}/{phase}/{step}/{micro_batch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def step_seed(seed: int, phase: str, step: int) -> int:
+    """62 bits that a step's dropout and stochastic depth follow from: a resume needs no random state of the past."""
+    digest = hashlib.blake2b(f"dropout/{seed}/{phase}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 @dataclass(frozen=True)

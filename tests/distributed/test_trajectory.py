@@ -97,6 +97,7 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     folder.mkdir()
     values = tiny_values(data, folder)
     values["run"]["name"] = run
+    values["model"]["dropout"] = values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.2
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
     values["train"] |= {"precision": precision, "micro_batch_size": micro}

@@ -1,0 +1,141 @@
+"""Dropout and stochastic depth that follow from the sample, not from who is in its micro batch with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BITS = 24
+"""Of a draw: as many as fp32 tells apart."""
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def mix(values: Tensor) -> Tensor:
+    """int64 → int64 of the same shape, each bit of which follows from all of the value's: SplitMix64's finaliser.
+
+    Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators". Arithmetic alone, so that every device
+    draws the same, and no generator has a state.
+    """
+    values = (values ^ _shifted(values, 30)) * _FIRST
+    values = (values ^ _shifted(values, 27)) * _SECOND
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (values >> by) & ((1 << (64 - by)) - 1)
+
+
+def sample_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """(count,) int64 on the device, for the samples that stand at `first` and after it in the global batch.
+
+    Args:
+        seed: Of the optimizer step, 63 bits.
+    """
+    return mix(torch.arange(first + 1, first + count + 1, device=device) * _GOLDEN + seed)
+
+
+def _kept(drawn: Tensor, probability: Tensor | float) -> Tensor:
+    """Bool: which of the drawn values stay, where each goes with that probability."""
+    return _shifted(drawn, 64 - BITS) >= probability * (1 << BITS)
+
+
+class Noise:
+    """What a model's dropout and stochastic depth draw from; without keys they draw from torch's generator."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        """(B,) int64, of the samples that the next forward and its backward are about."""
+        self.paths: Tensor | None = None
+        """(layers of stochastic depth, B) fp32: 0 where a sample skips one, else what makes up for the skipping."""
+        # Of the layers of stochastic depth, in their order.
+        self._salts = torch.empty(0, dtype=torch.int64)
+        self._rates = torch.empty(0)
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the layers of `model` that drop anything on this."""
+        depths: list[tuple[int, float]] = []
+        for parent, child, name in list(_droppers(model)):
+            module, salt = getattr(parent, child), _salt(name)
+            made: SampleDropout | SampleDropPath
+            if isinstance(module, DropPath):
+                made = SampleDropPath(module, self, len(depths))
+                depths.append((salt, made.drop_prob))
+            else:
+                made = SampleDropout(module, self, salt)
+            setattr(parent, child, made.train(module.training))
+        self._salts = torch.tensor([salt for salt, _ in depths], dtype=torch.int64)
+        self._rates = torch.tensor([rate for _, rate in depths])
+
+    def begin(self, keys: Tensor) -> None:
+        """The samples of the next forward; (B,) int64 on the model's device."""
+        self.keys = keys
+        if not len(self._rates):
+            return
+        if self._salts.device != keys.device:
+            self._salts, self._rates = self._salts.to(keys.device), self._rates.to(keys.device)
+        # All at once: a draw is a dozen small kernels, and a backbone has dozens of these layers.
+        kept = _kept(mix(keys ^ self._salts.unsqueeze(1)), self._rates.unsqueeze(1))  # (layers, B)
+        self.paths = kept / (1 - self._rates).unsqueeze(1)
+
+    def end(self) -> None:
+        """No samples any more."""
+        self.keys = self.paths = None
+
+
+def _salt(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _droppers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Parent, name in it, and full name of every layer that drops elements or paths."""
+    for path, parent in model.named_modules():
+        for child, module in parent.named_children():
+            elements = type(module) is nn.Dropout and module.p > 0
+            if elements or (type(module) is DropPath and module.drop_prob > 0 and module.scale_by_keep):
+                yield parent, child, f"{path}.{child}"
+
+
+class SampleDropout(nn.Dropout):
+    """Dropout by sample: (n · B, …) → the same, `n` rows in a row for each sample, such as a Swin's windows."""
+
+    def __init__(self, like: nn.Dropout, noise: Noise, salt: int) -> None:
+        super().__init__(like.p)
+        self.noise = noise
+        self.salt = salt
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any float (n · B, …), elements dropped in training."""
+        keys = self.noise.keys
+        if not self.training or self.p == 0:
+            return input
+        if keys is None or len(input) % len(keys):
+            return F.dropout(input, self.p)
+        each = input.numel() // len(keys)
+        places = torch.arange(each, device=input.device) * _GOLDEN
+        kept = _kept(mix(mix(keys ^ self.salt).unsqueeze(1) + places), self.p)  # (B, elements of a sample)
+        scale = 1 / (1 - self.p) if self.p < 1 else 0.0
+        return input * (kept.view(input.shape) * scale).to(input.dtype)
+
+
+class SampleDropPath(DropPath):
+    """Stochastic depth by sample (Huang et al. 2016): (B, …) → the same, with whole samples dropped in training."""
+
+    def __init__(self, like: DropPath, noise: Noise, index: int) -> None:
+        super().__init__(like.drop_prob, like.scale_by_keep)
+        self.noise = noise
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any float (B, …)."""
+        paths = self.noise.paths
+        if not self.training or paths is None or paths.shape[1] != len(x):
+            dropped: Tensor = super().forward(x)
+            return dropped
+        return x * paths[self.index].to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))

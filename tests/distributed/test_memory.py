@@ -1,0 +1,75 @@
+"""`train.micro_batch_size: auto`, where memory really runs out: the kernel gives each process so much and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from hybrid_dist.files import read_object
+from tests.conftest import launch, read_lines, tiny_values
+
+LITTLE = "tests/distributed/little_memory.py"
+
+
+def write(data: Path, folder: Path, micro_batch: Any) -> Path:
+    """A run whose last phase needs a gigabyte for its 48 pictures at once."""
+    folder.mkdir()
+    values = tiny_values(data, folder)
+    values["model"]["dropout"] = values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.2
+    values["model"]["cnn"]["kwargs"]["dims"] = [24, 32, 48, 64]
+    values["data"]["image_size"] = 192
+    values["train"] |= {"global_batch_size": 48, "micro_batch_size": micro_batch}
+    values["phases"] = [values["phases"][0] | {"steps": 2}, values["phases"][2] | {"steps": 3}]
+    values["checkpoint"] = {"every_steps": 1}
+    YAML().dump(values, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with a micro batch of its own, and memory for it."""
+    folder = tmp_path_factory.mktemp("memory") / "whole"
+    launch("100000", "--config", str(write(tiny_data, folder, 48)), script=LITTLE)
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "config_file", "megabytes"),
+    [
+        pytest.param("one", None, "600", marks=pytest.mark.slow),  # the other has all that this one has
+        ("ZeRO 3, rank 1 alone", "zero3", "100000,900"),
+    ],
+)
+def test_halved_until_it_fits(
+    name: str, config_file: str | None, megabytes: str, reference: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Catches: ranks that wait for the one that has run out, a start that finds what the last one has left, another
+    trajectory with another micro batch, one that is tried for ever."""
+    config = write(tiny_data, tmp_path / "auto", "auto")
+    done = launch(megabytes, "--config", str(config), script=LITTLE, config_file=config_file)
+    run = tmp_path / "auto" / "runs" / "tiny"
+    assert read_object(run / "status.json")["state"] == "finished"
+    tried = read_lines(run / "out_of_memory.jsonl")
+    sizes = [line["micro_batch"] for line in tried]
+    assert sizes and sizes == [48 // (1 if config_file is None else 2) >> halved for halved in range(len(sizes))]
+    assert [line["begun_anew"] for line in tried] == list(range(len(sizes)))
+    assert {line["rank"] for line in tried} == {0 if config_file is None else 1}
+    assert f"auto takes {sizes[-1] // 2} (" in done.stderr
+    want, have = read_lines(reference / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    assert [(line["step"], line["digest"]) for line in have] == [(line["step"], line["digest"]) for line in want]
+    for line, wanted in zip(have, want, strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-5), line["step"]
+
+
+def test_what_to_do_is_said(tiny_data: Path, tmp_path: Path) -> None:
+    """A micro batch that the config names is nobody else's to change."""
+    config = write(tiny_data, tmp_path / "fixed", 48)
+    done = launch("600", "--config", str(config), script=LITTLE, check=False)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("train.py: rank 0 on ") and "ran out of memory in phase" in said
+    assert "with a micro batch of 48" in said and "train.micro_batch_size: auto, or a smaller one, would do" in said
+    assert read_object(tmp_path / "fixed" / "runs" / "tiny" / "status.json")["state"] == "failed"
