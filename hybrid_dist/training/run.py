@@ -43,12 +43,14 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Engine, Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
+from hybrid_dist.machine import forget_peak_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
+from hybrid_dist.training.profile import check_folder as check_profile_folder
 from hybrid_dist.training.publish import (
     best_is_there,
     best_step,
@@ -63,6 +65,7 @@ from hybrid_dist.training.starts import note_start
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
+from hybrid_dist.training.utilisation import Utilisation
 from hybrid_dist.training.watch import Watch
 
 DONE = 0
@@ -91,6 +94,7 @@ class Job:
     lock: RunLock
     stop: Stop
     watch: Watch
+    utilisation: Utilisation
     status: Status
     terminal: Terminal
     sinks: Sinks
@@ -197,6 +201,8 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     decide(topology, lambda: _claim_folder(job, fresh, found))
     job.room.start(lambda reason: _begins_anew(job, reason))
     try:
+        agree(topology, lambda: check_profile_folder(config))
+        job.utilisation.begin()
         _report_unseen(job)
         _forget_lost_best(job, state)
         _train(job, state, found, only, initial)
@@ -225,6 +231,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.sinks.ended("failed", reason)
         raise
     finally:
+        job.utilisation.close()
         job.sinks.close()
 
 
@@ -279,7 +286,7 @@ def prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> J
         tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         room=Room(config, topology, micro_batch), lock=RunLock(config.folder, terminal.say), stop=stop,
-        watch=watch, status=status, terminal=terminal,
+        watch=watch, utilisation=Utilisation(config, sizes, topology, terminal.say), status=status, terminal=terminal,
         sinks=sinks,
     )  # fmt: skip
 
@@ -641,6 +648,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
     job.watch.beat("building the model")
     job.sinks.begin(state, state.positions.get("metrics", 0))
+    forget_peak_memory(job.topology.device)
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
