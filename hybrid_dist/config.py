@@ -214,6 +214,8 @@ class PhaseConfig(Section):
     """Side in pixels of the phase's pictures, in training and validation; null: `data.image_size`."""
     carry_optimizer: bool = False
     """Begin with the optimizer's state, as of those weights, of what trained in the phase before too."""
+    cache_features: int | None = Field(None, ge=1)
+    """Frozen branches run over so many augmented views of a picture once; then their features are read; null: off."""
 
     @model_validator(mode="after")
     def _one_duration(self) -> PhaseConfig:
@@ -301,6 +303,16 @@ class Config(Section):
             raise ValueError(f"phases need different names, got {', '.join(names)}")
         if self.phases[0].carry_optimizer:
             raise ValueError("phases.0.carry_optimizer: there is no phase before it to carry anything from")
+        return self
+
+    @model_validator(mode="after")
+    def _views_in_turn(self) -> Config:
+        for index, phase in enumerate(self.phases):
+            if phase.cache_features is not None and self.data.balance is not None:
+                raise ValueError(
+                    f"phases.{index}.cache_features: with data.balance a picture may come several times in an epoch,"
+                    " before its features are there; null, or data.balance: null, would do"
+                )
         return self
 
     def size(self, phase: PhaseConfig) -> int:

@@ -23,6 +23,7 @@ from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
 from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.degrade import Degrade
+from hybrid_dist.data.features import FeatureTensors, Recall
 from hybrid_dist.data.mix import Draw, Mixing, alphas
 from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
 from hybrid_dist.data.packed import Packed
@@ -50,16 +51,31 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is kept of a batch's samples: see data/features.py.
+
+    features: of all of them; empty where one of them is missing, or they are only being made.
+    missing: bool (m,), those that there is no entry for yet.
+    in_step: other ranks lack some of theirs in this micro step, and compute them.
+    """
+
+    features: FeatureTensors
+    missing: torch.Tensor
+    in_step: bool = False
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro batch of `m` places.
 
-    images: uint8 (m, 3, S, S), RGB, channels-last in memory; padding is zeros.
+    images: uint8 (m, 3, S, S), RGB, channels-last in memory; padding is zeros. (m, 3, 0, 0) where nothing wants pixels.
     labels: per task (m,): int64 with -1 for none, or float32 with NaN for none; padding has none.
     rows: int64 (m,), row of the CSV, -1 for padding.
     digests: int64 (m,), a hash of each picture's augmented pixels, 0 where there is none; None unless asked for.
     bad: why the pictures of these rows can't be used. A sample's own: it is plain background, and without labels. The
         one that a sample was to be mixed with: it is not mixed.
     mix: None unless samples are mixed at all.
+    known: None unless features are kept.
     """
 
     images: torch.Tensor
@@ -68,23 +84,31 @@ class Batch:
     digests: torch.Tensor | None = None
     bad: dict[int, str] = field(default_factory=dict)
     mix: Mix | None = None
+    known: Known | None = None
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory; the loader calls it where it was told to pin."""
-        mix = self.mix
+        mix, known = self.mix, self.known
         return replace(
             self,
             images=self.images.pin_memory(),
             labels=_pinned(self.labels),
             rows=self.rows.pin_memory(),
             mix=None if mix is None else Mix(_pinned(mix.labels), mix.shares.pin_memory(), mix.rows),
+            known=None if known is None else replace(known, features=_pinned_features(known.features)),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Through the worker queue a tensor goes as a shared memory file with a descriptor: only pixels are worth that.
+        # Through the worker queue a tensor goes as a shared memory file with a descriptor: only pixels and features are
+        # worth that.
         digests = None if self.digests is None else self.digests.numpy()
         mix = None if self.mix is None else (_arrays(self.mix.labels), self.mix.shares.numpy(), self.mix.rows.numpy())
-        return _rebuild, (self.images, _arrays(self.labels), self.rows.numpy(), digests, self.bad, mix)
+        known = None if self.known is None else (self.known.features, self.known.missing.numpy())
+        return _rebuild, (self.images, _arrays(self.labels), self.rows.numpy(), digests, self.bad, mix, known)
+
+
+def _pinned_features(features: FeatureTensors) -> FeatureTensors:
+    return {part: tuple(tensor.pin_memory() for tensor in tensors) for part, tensors in features.items()}
 
 
 def _pinned(labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -106,6 +130,7 @@ def _rebuild(
     digests: np.ndarray | None,
     bad: dict[int, str],
     mix: tuple[dict[str, np.ndarray], np.ndarray, np.ndarray] | None,
+    known: tuple[FeatureTensors, np.ndarray] | None,
 ) -> Batch:
     return Batch(
         images,
@@ -114,6 +139,7 @@ def _rebuild(
         None if digests is None else torch.from_numpy(digests),
         bad,
         None if mix is None else Mix(_tensors(mix[0]), torch.from_numpy(mix[1]), torch.from_numpy(mix[2])),
+        None if known is None else Known(known[0], torch.from_numpy(known[1])),
     )
 
 
@@ -156,7 +182,10 @@ class Samples(Dataset[Batch]):
         packed: Packed | None = None,
         mixing: Mixing | None = None,
         degrade: Degrade | None = None,
+        views: int | None = None,
+        recall: Recall | None = None,
     ) -> None:
+        """`views`: after so many turns everything random begins anew; None: never. `recall`: what is kept of them."""
         self.table = table
         self.packed = packed
         self.augment = augment
@@ -165,6 +194,8 @@ class Samples(Dataset[Batch]):
         self.digest = digest
         self.mixing = mixing
         self.degrade = degrade
+        self.views = views
+        self.recall = recall
         self.whereabouts = Whereabouts(0)
 
     def __len__(self) -> int:
@@ -174,7 +205,49 @@ class Samples(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """Decode, augment and label the samples of `keys`; row -1 is padding."""
+        """Decode, augment and label the samples of `keys`, or read what is kept of them; row -1 is padding."""
+        recall = self.recall
+        if recall is None:
+            return self._load(keys)
+        records, missing = self._read(recall, keys)
+        whole = not (recall.filling or missing.any())
+        batch = self._recalled(keys, records) if whole and not recall.pixels else self._load(keys)
+        features = recall.stored.entry.tensors(records) if whole else {}
+        return replace(batch, known=Known(features, torch.from_numpy(missing)))
+
+    def _read(self, recall: Recall, keys: Sequence[Key]) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of (m,) samples, zeros where there is none, and bool (m,): which are missing."""
+        records = np.zeros(len(keys), recall.stored.entry.dtype())
+        missing = np.zeros(len(keys), np.bool_)
+        for place, (turn, row) in enumerate(keys):
+            if row != PADDING:
+                self.whereabouts.set(row)
+                missing[place] = not recall.stored.read(self._view(turn), row, records[place : place + 1])
+        self.whereabouts.set(PADDING)
+        return records, missing
+
+    def _recalled(self, keys: Sequence[Key], records: np.ndarray) -> Batch:
+        """A batch without pixels. Bad pictures were told of when the entries were made, and have no labels there."""
+        rows = np.array([row for _, row in keys], np.int64)
+
+        def labels(kind: str) -> dict[str, torch.Tensor]:
+            columns = self.table.labels.items()
+            found = ((task, _none(column), records[kind][task]) for task, column in columns)
+            return {
+                task: torch.from_numpy(np.where(rows == PADDING, none, values).astype(values.dtype))
+                for task, none, values in found
+            }
+
+        mix = None
+        if self.mixing is not None:
+            shares = np.where(rows == PADDING, np.float32(1), records["share"])
+            partners = np.where(rows == PADDING, PADDING, records["partner"])
+            mix = Mix(labels("other"), torch.from_numpy(shares), torch.from_numpy(partners))
+        digests = torch.from_numpy(records["digest"].copy()) if self.digest else None
+        nothing = torch.empty(len(keys), 3, 0, 0, dtype=torch.uint8)
+        return Batch(nothing, labels("own"), torch.from_numpy(rows), digests, mix=mix)
+
+    def _load(self, keys: Sequence[Key]) -> Batch:
         size = self.augment.image_size
         rows = np.array([row for _, row in keys], np.int64)
         labels = self._labels(rows)
@@ -250,7 +323,10 @@ class Samples(Dataset[Batch]):
             return None
 
     def _key(self, turn: int, row: int, purpose: str) -> int:
-        return sample_key(self.seed, self.phase, turn, row, purpose)
+        return sample_key(self.seed, self.phase, self._view(turn), row, purpose)
+
+    def _view(self, turn: int) -> int:
+        return turn if self.views is None else turn % self.views
 
     def picture(self, row: int) -> np.ndarray:
         """The row's picture, no smaller than the augmentation needs it: uint8 (height, width, 3), RGB."""
@@ -330,18 +406,28 @@ class _Carrier(Dataset["Batch | UserError"]):
 
 
 def training_samples(
-    config: Config, table: Table, image_size: int, phase: str, packed: Packed | None, balance: Balance | None = None
+    config: Config,
+    table: Table,
+    image_size: int,
+    phase: str,
+    packed: Packed | None,
+    balance: Balance | None = None,
+    views: int | None = None,
+    recall: Recall | None = None,
 ) -> Samples:
     """The training split's samples as a config wants them: augmented, mixed, degraded.
 
     Args:
         balance: How likely a row is to be another's partner.
+        views, recall: As in `Samples`.
     """
     data = config.data
     mixing = Mixing(data, config.tasks, len(table), balance) if alphas(data) else None
     degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
     augment = Augment(image_size, config.tasks, train=data.augment)
-    return Samples(table, augment, config.run.seed, phase, config.debug.trace, packed, mixing, degrade)
+    # What is read later has no pixels to take it from.
+    digest = config.debug.trace or recall is not None
+    return Samples(table, augment, config.run.seed, phase, digest, packed, mixing, degrade, views, recall)
 
 
 class BatchLoader:

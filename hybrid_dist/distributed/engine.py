@@ -70,8 +70,11 @@ class Engine(ABC):
     """Of the weights that this rank updates, once `keep_average` has been called."""
 
     @abstractmethod
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The model's outputs, under the run's precision; in training mode gradients can flow."""
+    def forward(self, images: Tensor, **known: Any) -> dict[str, Tensor]:
+        """The model's outputs, under the run's precision; in training mode gradients can flow.
+
+        `known`: features that the model need not compute, on the device, and the like: see `Hybrid.forward`.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:

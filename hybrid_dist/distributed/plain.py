@@ -34,9 +34,9 @@ class PlainEngine(Engine):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.prepared.optimizer
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, **known: Any) -> dict[str, Tensor]:
         # Outside of training there is nothing to synchronise: DDP's wrapper would only add to the cost.
-        return self.wrapped(images) if torch.is_grad_enabled() else self.model(images)
+        return self.wrapped(images, **known) if torch.is_grad_enabled() else self.model(images, **known)
 
     def accumulating(self, last: bool) -> Any:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)

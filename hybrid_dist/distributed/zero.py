@@ -92,8 +92,8 @@ class ZeroEngine(Engine):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.zero if self.stage == 0 else self.zero.optimizer
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.engine(images)
+    def forward(self, images: Tensor, **known: Any) -> dict[str, Tensor]:
+        return self.engine(images, **known)
 
     def accumulating(self, last: bool) -> Any:
         # DeepSpeed looks at the boundary in the forward pass already.

@@ -45,6 +45,7 @@ class Backbone(nn.Module):
         net: the timm model.
         width: C, of the pooled features.
         token_width: D, of the last feature map.
+        image_size: side in pixels of the pictures that it is built for.
         frozen: nothing in it trains; it then runs in eval mode and without a graph. Set by `Hybrid.set_trainable`.
     """
 
@@ -61,6 +62,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         self.width, self.token_width = probe(part, config, image_size)
+        self.image_size = image_size
         self.net = _create(part, config, image_size)
         # Not persistent: they follow from the backbone's name, a checkpoint holds what was learned.
         for name in ("mean", "std", "scale", "shift"):
@@ -82,6 +84,11 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 return self._features(images)
         return self._features(images)
+
+    def idle(self) -> None:
+        """Run on a blank picture, for nothing: on other ranks it runs for something, and ZeRO 3 gathers weights that no
+        rank has alone."""
+        self(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.mean.device))
 
     def _features(self, images: Tensor) -> Features:
         if images.dtype != torch.uint8:

@@ -24,10 +24,12 @@ class Fusion(nn.Module, ABC):
         plain: `forward` for somebody without this module, on a model's card: lines of torch that make `fused` of the
             branches' `pooled` (B, C), `maps`, their last feature maps as timm gives them, and `nets`, timm's models,
             with `weights` by name and `linear(name, x)`, a layer of them.
+        reads_tokens: whether `forward` looks at the last feature maps; where not, anything may stand for them.
     """
 
     out_features: int
     plain: ClassVar[str]
+    reads_tokens: ClassVar[bool] = False
 
     def __init__(self, widths: Sequence[int], token_widths: Sequence[int]) -> None:
         """`widths` of the branches' pooled features, `token_widths` of their feature maps, in the branches' order."""
@@ -242,6 +244,7 @@ class CrossAttention(Fusion):
     places is used, adding to the pooled vector is the residual stream over tokens, pooled. Starts as `concat`.
     """
 
+    reads_tokens = True
     plain = """\
 def rows(net, x):  # → (B, N, D), without class tokens
     if x.ndim == 3:

@@ -33,6 +33,9 @@ class Hybrid(nn.Module):
         fusion: of the branches' features.
         heads: `task_NAME` → head; and `balance`, where training learns the tasks' weights.
         noise: what dropout and stochastic depth draw from.
+        remembers: in training, whether `remembered` gets what the frozen branches give; through any wrapper of the
+            model, whose outputs stay what they are.
+        remembered: for each forward in training since it was last emptied, by branch.
     """
 
     cnn: Backbone | None
@@ -56,13 +59,22 @@ class Hybrid(nn.Module):
             self.heads[BALANCE_HEAD] = balance
         self.noise = Noise()
         self.noise.attach(self)
+        self.remembers = False
+        self.remembered: list[dict[str, Features]] = []
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, features: Mapping[str, Features] | None = None, in_step: bool = False
+    ) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), RGB, any memory format → task → logits (B, K) or scores (B,), fp32.
 
         In training `BALANCE` → (tasks,) comes with them, if the tasks' weights are learned.
+
+        Args:
+            features: By branch, what a frozen one has given for these pictures before. It does not run, and where
+                none runs, `images` may be (B, 3, 0, 0).
+            in_step: Other ranks run those branches now: here they run too, on a blank picture (`Backbone.idle`).
         """
-        outputs = self.answer(self._fuse(images)[1])
+        outputs = self.answer(self._fuse(images, features or {}, in_step)[1])
         if self.training and BALANCE_HEAD in self.heads:
             outputs[BALANCE] = self.heads[BALANCE_HEAD]()
         return outputs
@@ -74,12 +86,24 @@ class Hybrid(nn.Module):
 
     def get_features(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) → `cnn` and `transformer` (B, C), those there are, and `fused` (B, out_features)."""
-        branches, fused = self._fuse(images)
+        branches, fused = self._fuse(images, {})
         return {**{part: features.pooled for part, features in branches.items()}, "fused": fused}
 
-    def _fuse(self, images: Tensor) -> tuple[dict[str, Features], Tensor]:
-        branches = {part: branch(images) for part, branch in self.branches().items()}
+    def _fuse(
+        self, images: Tensor, given: Mapping[str, Features], in_step: bool = False
+    ) -> tuple[dict[str, Features], Tensor]:
+        branches = {}
+        for part, branch in self.branches().items():
+            if part in given and in_step:
+                branch.idle()
+            branches[part] = given[part] if part in given else branch(images)
+        if self.remembers and self.training:
+            self.remembered.append({part: branches[part] for part in self.frozen() if part not in given})
         return branches, self.fuse(branches)
+
+    def frozen(self) -> list[str]:
+        """The branches of which nothing trains."""
+        return [part for part, branch in self.branches().items() if branch.frozen]
 
     def fuse(self, branches: Mapping[str, Features]) -> Tensor:
         """What each branch gives → (B, out_features)."""

@@ -23,6 +23,7 @@ from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks,
 from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
+from hybrid_dist.training.frozen import Pixels
 from hybrid_dist.training.guard import Guard, TooManyBad
 from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.optim import ema_decay, learning_rate
@@ -98,9 +99,19 @@ class Layout:
 class PhaseLoop:
     """Takes a phase from where `state` stands to its end."""
 
-    def __init__(self, job: Job, phase: PhaseConfig, state: TrainState, engine: Engine, layout: Layout, peak_lr: float):
-        """`peak_lr`: of the phase, the highest of its rates."""
+    def __init__(
+        self,
+        job: Job,
+        phase: PhaseConfig,
+        state: TrainState,
+        engine: Engine,
+        layout: Layout,
+        peak_lr: float,
+        frozen: Pixels,
+    ):
+        """`peak_lr`: of the phase, the highest of its rates. `frozen`: what is kept of its frozen branches."""
         self.job, self.phase, self.state, self.engine, self.layout = job, phase, state, engine, layout
+        self.frozen = frozen
         self.config, self.topology, self.control = job.config, job.topology, job.topology.control
         self.saver, self.watch = job.saver, job.watch
         self.together = Together(self.control, job.stop, job.saver, job.watch)
@@ -147,17 +158,10 @@ class PhaseLoop:
             TooManyBad: the loss or the gradients were no numbers for too many steps in a row.
             UserError: too many pictures can't be used, the last checkpoint can't be written.
         """
-        train, self.val = self.job.loaders(self.phase, self.state.phase_step, self.length.total)
-        feed = Feed(train, ahead=self.job.accumulation)
+        self.val = self.job.val_loader(self.phase)
         try:
-            if self.state.validation_due:
-                self._validate()
-            self._begin()
             while not self._ended:
-                step = self.state.phase_step + 1
-                with self.profile.step(step, self._pauses_after(step)):
-                    self._make_step(feed)
-                self._after_step()
+                self._stretch()
         except AskedToStop:
             self._stop()
         except TooManyBad:
@@ -168,13 +172,30 @@ class PhaseLoop:
                 self.saver.finish()
             raise
         finally:
-            feed.close()
+            self.frozen.close()
             self.job.terminal.end()
             self.profile.close()
             for file in self.files.values():
                 file.close()
         assert self.saver.newest is not None
         return self.saver.newest
+
+    def _stretch(self) -> None:
+        """The steps that one loader serves: all that are left, but where features begin to be read."""
+        start = self.state.phase_step
+        end = self.frozen.stretch(start, self.length.total)
+        feed = Feed(self.job.train_loader(self.phase, start, end, self.frozen), ahead=self.job.accumulation)
+        try:
+            if self.state.validation_due:
+                self._validate()
+            self._begin()
+            while not self._ended and self.state.phase_step < end:
+                step = self.state.phase_step + 1
+                with self.profile.step(step, self._pauses_after(step)):
+                    self._make_step(feed)
+                self._after_step()
+        finally:
+            feed.close()
 
     def _begin(self) -> None:
         label, later = f"phase {self.phase.name}", self.job.steps_after(self.phase)
@@ -196,12 +217,13 @@ class PhaseLoop:
         tasks = self.job.tasks
 
         def facts(found: list[Batch]) -> list[int]:
-            return [*label_counts(tasks, found), bad_count(found)]
+            return [*label_counts(tasks, found), bad_count(found), *self.frozen.lacking(found)]
 
         batches, sums = self.together.take(feed, self.job.accumulation, facts)
-        *counts, samples, bad = sums
+        (*counts, samples, bad), lacking = sums[: len(tasks) + 2], sums[len(tasks) + 2 :]
         if bad:
             self._met_bad("train", batches)
+        batches = self.frozen.agree(batches, lacking)
         self.state.samples += samples
         self._seen += samples
         return batches, {task.name: count / WHOLE for task, count in zip(tasks, counts, strict=True)}
@@ -216,6 +238,7 @@ class PhaseLoop:
         seed = step_seed(self.config.run.seed, self.phase.name, done)
         device, beat = self.topology.device, self.watch.beat
         losses = train_step(self.engine, self.objective, batches, counts, seed, device, beat)
+        self.frozen.keep(batches, done)
         if self.config.train.ema is not None:
             self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))
         self.state.phase_step += 1
@@ -400,6 +423,7 @@ class PhaseLoop:
         """
         self.watch.beat("in a checkpoint")
         self.saver.finish()
+        self.frozen.flush()  # a resume from here on reads what was kept before
         self.state.finished = self._ended
         self._settle()
         self.state.pending = self.losses.kept

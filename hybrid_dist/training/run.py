@@ -32,7 +32,7 @@ from hybrid_dist.data.annotations import (
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
-from hybrid_dist.data.dataset import Samples, make_loader, resolve_workers, training_samples
+from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader, resolve_workers, training_samples
 from hybrid_dist.data.degrade import check_degrade
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.mix import check_mixing
@@ -47,6 +47,7 @@ from hybrid_dist.machine import forget_peak_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
+from hybrid_dist.training.frozen import Pixels, open_features, views_of, weights_sums
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
@@ -142,23 +143,30 @@ class Job:
         size, seed = config.size(phase), config.run.seed
         return build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
 
-    def loaders(self, phase: PhaseConfig, start: int, end: int) -> tuple[Any, Any]:
-        """Loaders of the phase's steps [start, end) and of a validation, for this rank."""
+    def train_loader(self, phase: PhaseConfig, start: int, end: int, frozen: Pixels) -> BatchLoader:
+        """A loader of the phase's steps [start, end), for this rank; `frozen`: what is kept of its samples."""
         config, topology = self.config, self.topology
-        data, train, seed = config.data, config.train, config.run.seed
-        workers = resolve_workers(data.workers, topology.local_world_size)
-        pin = topology.device.type == "cuda"
-        size = config.size(phase)
-        packed, held = self.packed.get(("train", size)), self.packed.get(("val", size))
-        samples = training_samples(config, self.train_table, size, phase.name, packed, self.balance)
+        train, seed, size = config.train, config.run.seed, config.size(phase)
+        samples = training_samples(
+            config, self.train_table, size, phase.name, self.packed.get(("train", size)), self.balance,
+            frozen.views, frozen.recall(),
+        )  # fmt: skip
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, self.micro_batch,
             topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
         )  # fmt: skip
-        plain = Augment(size, config.tasks, train=False)
-        val = Samples(self.val_table, plain, seed, phase.name, packed=held)
-        val_order = ValSampler(len(self.val_table), self.micro_batch, topology.rank, topology.world_size)
-        return make_loader(samples, order, workers, pin), make_loader(val, val_order, workers, pin)
+        return self._loader(samples, order)
+
+    def val_loader(self, phase: PhaseConfig) -> BatchLoader:
+        """A loader of the phase's validation, for this rank."""
+        config, topology, size = self.config, self.topology, self.config.size(phase)
+        plain, held = Augment(size, config.tasks, train=False), self.packed.get(("val", size))
+        val = Samples(self.val_table, plain, config.run.seed, phase.name, packed=held)
+        return self._loader(val, ValSampler(len(self.val_table), self.micro_batch, topology.rank, topology.world_size))
+
+    def _loader(self, samples: Samples, order: TrainSampler | ValSampler) -> BatchLoader:
+        workers = resolve_workers(self.config.data.workers, self.topology.local_world_size)
+        return make_loader(samples, order, workers, self.topology.device.type == "cuda")
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -363,6 +371,9 @@ def _first_model(job: Job) -> Hybrid:
             model.set_trainable(phase.trainable)
         except UserError as error:
             raise UserError(f"phases.{index}.trainable: {error}") from None
+        _, why_not = views_of(phase, model.frozen(), job.length(phase))
+        if why_not is not None:
+            job.terminal.say(why_not)
         try:
             peak_rates(model, phase)
         except UserError as error:
@@ -621,6 +632,7 @@ def _go_back(job: Job, phase: PhaseConfig, state: TrainState, reason: str, since
         with _disk(job.folder):
             job.store.drop_after(good.state["step"])  # a stop before they are made anew must not find them
             note_went_back(job.folder, phase.name, abandoned, good.path.name)
+            Pixels(job.folder).drop()  # what a disk or a device gave may be what was bad
             publish_best(job.folder, good, job.watch.beat, verify=True)
 
     decide(job.topology, tidy)
@@ -658,6 +670,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     model.checkpoint_activations(job.config.train.checkpoint_activations)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
+    weights = weights_sums(model) if phase.cache_features is not None and job.topology.is_main else {}
     optimizer = found.reader() if found is not None and resumed else _carried(job, phase, found, layout)
     peaks, updates = peak_rates(model, phase), optimizer.step if optimizer is not None else None
     groups = param_groups(model, job.config.train.weight_decay, updates, peaks)
@@ -668,6 +681,7 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         if resumed:
             engine.load_extra_state(state.engine)
             engine.load_average(optimizer)
+        frozen = open_features(job, phase, engine, state.data, weights)
         # What comes before may take its time: kernels are compiled, a cluster's disk wakes up. A signal to all ranks
         # shall not find some of them before this line and some behind it.
         job.topology.control.barrier()
@@ -675,7 +689,10 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         job.watch.start(job.topology.control)
         job.status("running", state.phase, state.step, job.topology.label)
         with explained():
-            return PhaseLoop(job, phase, state, engine, layout, max(peaks.values())).run()
+            last = PhaseLoop(job, phase, state, engine, layout, max(peaks.values()), frozen).run()
+        if job.topology.is_main:
+            frozen.drop()
+        return last
 
 
 @contextlib.contextmanager
@@ -741,6 +758,7 @@ def _announce(job: Job, phase: PhaseConfig, state: TrainState, model: Hybrid) ->
 def _publish(job: Job, state: TrainState) -> None:
     with _disk(job.folder):
         publish_model(job.folder, state.phase, state.best_step, job.describe())
+    Pixels(job.folder).drop()  # the last phase may have been cut off right at its end
 
 
 def _finish(job: Job, state: TrainState) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import BACKWARD, FORWARD, OPTIMIZER, Control, Engine, span
 from hybrid_dist.model.noise import sample_keys
+from hybrid_dist.training.frozen import on_device
 from hybrid_dist.training.objective import Objective, mixed_with
 from hybrid_dist.training.tasks import Task
 
@@ -84,7 +85,7 @@ def train_step(
         with engine.accumulating(last):
             with span(FORWARD):
                 noise.begin(sample_keys(seed, first, size, device))
-                outputs = engine.forward(batch.images.to(device, non_blocking=True))
+                outputs = engine.forward(batch.images.to(device, non_blocking=True), **on_device(batch, device))
                 micro = objective(outputs, batch, counts)
                 totals += micro.shares
                 samples.append(micro.samples)

@@ -38,6 +38,11 @@ BACK = (REFERENCE, "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 2 offload x2")
 """Where the run that goes back is tried."""
 PROFILED = "ZeRO 3 x2"
 """Where the run is profiled on its way."""
+KEPT = (REFERENCE, "DDP x2", "ZeRO 3 x2")
+"""Where the run that keeps the features of its frozen branches is made."""
+FORGOTTEN = (5, 17)
+"""Rows whose features are lost in it: one rank runs the branches for them in each epoch, and ZeRO 3 needs all."""
+TWINS = {"poisoned": POISONED, "gone_back": BACK, "kept": KEPT}
 # By number of the step: where in the global batch the sample stands that spoils it, and how. On two processes positions
 # 4 to 7 are the second one's, so each of these is met by one rank alone. Step 14 is an epoch's last and short.
 POISON = {3: (5, "pixels"), 14: (5, "label"), 15: (0, "label"), 27: (12, "pixels")}
@@ -75,13 +80,14 @@ class Runs:
             self._made[name] = self.factory.mktemp("runs")
             configs = [
                 write(self.data, self._made[name] / each, name, each)
-                for each in ("tiny", *["poisoned"] * (name in POISONED), *["gone_back"] * (name in BACK))
+                for each in ("tiny", *(twin for twin, where in TWINS.items() if name in where))
             ]
             config_file, extra, _ = TOPOLOGIES[name]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("POISON", json.dumps({"poisoned": poison(POISON), "gone_back": poison(STREAK)}))
+                patch.setenv("FORGET", json.dumps({"kept": FORGOTTEN}))
                 script = "tests/distributed/many.py"
-                launch(*map(str, configs), config_file=config_file, extra=extra, script=script)
+                launch(*map(str, configs), config_file=config_file, extra=extra, script=script, timeout=450)
         return self._made[name] / twin / "runs" / twin
 
 
@@ -112,6 +118,9 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     if run == "gone_back":
         values["train"] |= {"max_bad_steps": 3, "ema": 0.9}
         values["checkpoint"], values["tracking"]["log_every"] = {"every_steps": 2, "keep": 1}, 9
+    if run == "kept":
+        values["data"] |= {"workers": int(config_file == "ddp"), "mixup": 0.4}
+        values["phases"] = [phase | {"steps": 6, "cache_features": 1} for phase in values["phases"][:2]]
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
 
@@ -232,6 +241,19 @@ def test_profiled_on_its_way(runs: Runs) -> None:
         backwards, updates = (ranges(events, part) for part in ("backward", "optimizer"))
         assert len(backwards) == 16 // (2 * TOPOLOGIES[PROFILED][2])
         assert any(backwards[-1][0] < begin and end <= backwards[-1][1] for begin, end in updates), "within the last"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_features_that_are_kept(name: str, runs: Runs) -> None:
+    """Catches: ranks that read what another has not written yet, or find another's entries under their own rows; one
+    that runs a branch whose weights ZeRO 3 gathers while the others read; files that stay."""
+    run, one = runs(name, "kept"), runs(REFERENCE, "kept")
+    wants, haves = read_lines(one / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    assert len(haves) == len(wants) == 12
+    for want, have in zip(wants, haves, strict=True):
+        assert (have["sample_ids"], have["digest"]) == (want["sample_ids"], want["digest"])
+        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), have["step"]
+    assert not (run / "features").exists()
 
 
 def test_bf16_follows_on_zero2(reference: Path, tiny_data: Path, tmp_path: Path) -> None:

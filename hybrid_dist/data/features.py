@@ -1,0 +1,239 @@
+"""What frozen branches have given, on disk: entries that are written once and read in place of pixels.
+
+Each rank has a pair of files of its own and only ever adds to them, so no two machines write into one page of a network
+disk. `N.entries` has entries of one size, with all that the pipeline gave for a sample but its pixels; `N.index` says
+of each which view of which row it is, and is written after it. An entry that was torn is known by its sum, and missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from hybrid_dist.errors import UserError
+
+INDEX = np.dtype([("row", "<i8"), ("view", "<i8")])
+_CODES = {2: (torch.int16, "<i2"), 4: (torch.int32, "<i4"), 8: (torch.int64, "<i8")}
+"""By bytes of a number: as what its bits are kept. NumPy has no bfloat16."""
+_SUM = 8
+"""Bytes at an entry's start: xxh3 of all others."""
+_SLOTS = 48
+"""Bits of a place in a file; the file's number stands above them."""
+
+FeatureTensors = dict[str, tuple[Tensor, ...]]
+"""By branch: pooled (m, C) and, where the fusion reads them, tokens (m, N, D), in the dtype that the branch gives."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry holds beside row, view, digest, share and partner.
+
+    features: by branch, dtype (torch's name) and shape of a picture's pooled features and, if kept, its tokens.
+    labels: by task, NumPy's dtype.
+    """
+
+    features: Mapping[str, Sequence[tuple[str, Sequence[int]]]]
+    labels: Mapping[str, str]
+
+    def dtype(self) -> np.dtype[Any]:
+        """Of an entry, packed."""
+        labels = [(task, kind) for task, kind in self.labels.items()]
+        features = [
+            (part, [(str(at), _code(kind)[1], tuple(shape)) for at, (kind, shape) in enumerate(tensors)])
+            for part, tensors in self.features.items()
+        ]
+        head = [("sum", "<u8"), ("row", "<i8"), ("view", "<i8"), ("digest", "<i8"), ("share", "<f4")]
+        return np.dtype([*head, ("partner", "<i8"), ("own", labels), ("other", labels), ("features", features)])
+
+    def tensors(self, records: np.ndarray) -> FeatureTensors:
+        """The features of (m,) entries."""
+        return {
+            part: tuple(
+                torch.from_numpy(np.ascontiguousarray(records["features"][part][str(at)])).view(getattr(torch, kind))
+                for at, (kind, _) in enumerate(tensors)
+            )
+            for part, tensors in self.features.items()
+        }
+
+    def fill(self, records: np.ndarray, features: FeatureTensors, places: np.ndarray) -> None:
+        """Put the features of `places` of a micro batch, on the host, into as many entries."""
+        for part, tensors in features.items():
+            for at, tensor in enumerate(tensors):
+                kind = _code(self.features[part][at][0])[0]
+                records["features"][part][str(at)] = tensor.contiguous().view(kind).numpy()[places]
+
+
+def _code(kind: str) -> tuple[torch.dtype, str]:
+    return _CODES[getattr(torch, kind).itemsize]
+
+
+def entry_of(features: FeatureTensors, labels: Mapping[str, np.ndarray]) -> Entry:
+    """The layout of entries with such features, of any number of pictures, and such labels."""
+    kinds = {
+        part: [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape[1:])) for tensor in tensors]
+        for part, tensors in features.items()
+    }
+    return Entry(kinds, {task: column.dtype.str for task, column in labels.items()})
+
+
+class Log:
+    """A rank's own files, to add to. What a crash has left at their end is cut off.
+
+    Raises:
+        OSError: they can't be written.
+    """
+
+    def __init__(self, folder: Path, name: str, entry: Entry) -> None:
+        self.size = entry.dtype().itemsize
+        self._handles = [
+            os.open(folder / f"{name}.{kind}", os.O_RDWR | os.O_CREAT, 0o644) for kind in ("entries", "index")
+        ]
+        whole = (os.fstat(handle).st_size // size for handle, size in zip(self._handles, self._sizes(), strict=True))
+        self.count = min(whole)
+        self._cut()
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.size, INDEX.itemsize
+
+    def _cut(self) -> None:
+        for handle, size in zip(self._handles, self._sizes(), strict=True):
+            os.ftruncate(handle, self.count * size)
+
+    def append(self, records: np.ndarray) -> None:
+        """Add (m,) entries, summed here: first all of them, then what says that they are there."""
+        for place in range(len(records)):
+            records["sum"][place] = _sum(records[place : place + 1].tobytes())
+        index = np.empty(len(records), INDEX)
+        index["row"], index["view"] = records["row"], records["view"]
+        try:
+            for handle, size, values in zip(self._handles, self._sizes(), (records, index), strict=True):
+                _write(handle, values.tobytes(), self.count * size)
+        except OSError:
+            self._cut()
+            raise
+        self.count += len(records)
+
+    def sync(self) -> None:
+        """Put it on the disk, where other machines see it."""
+        for handle in self._handles:
+            os.fsync(handle)
+
+    def close(self) -> None:
+        """Nothing is added any more."""
+        for handle in self._handles:
+            os.close(handle)
+        self._handles = []
+
+
+def _write(handle: int, values: bytes, at: int) -> None:
+    left = memoryview(values)
+    while left:
+        written = os.pwrite(handle, left, at)
+        left, at = left[written:], at + written
+
+
+def _sum(entry: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(memoryview(entry)[_SUM:])
+
+
+@dataclass
+class Stored:
+    """All ranks' entries, to read from. Loader processes have it too; each opens the files for itself."""
+
+    folder: Path
+    entry: Entry
+    views: int
+    rows: int
+    _files: list[Path] = field(default_factory=list)
+    _where: np.ndarray | None = None
+    _open: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def look(self, names: Iterable[str]) -> None:
+        """See what is there by now. Of two entries for one view of a row the later counts: the first was torn."""
+        self.close()
+        where = np.full((self.views, self.rows), -1, np.int64)
+        self._files = [self.folder / f"{name}.entries" for name in sorted(names)]
+        for number, path in enumerate(self._files):
+            try:
+                raw = path.with_suffix(".index").read_bytes()
+            except OSError:
+                continue
+            index = np.frombuffer(raw, INDEX, count=len(raw) // INDEX.itemsize)
+            there = (index["row"] >= 0) & (index["row"] < self.rows) & (index["view"] >= 0)
+            there &= index["view"] < self.views
+            slots = np.flatnonzero(there)
+            where[index["view"][slots], index["row"][slots]] = slots + (number << _SLOTS)
+        self._where = where
+
+    def count(self) -> int:
+        """Entries that the last look has found."""
+        return 0 if self._where is None else int(np.count_nonzero(self._where >= 0))
+
+    def read(self, view: int, row: int, into: np.ndarray) -> bool:
+        """Read an entry into `into` (1,), zeros before; False where it is missing or torn."""
+        place = -1 if self._where is None else int(self._where[view, row])
+        if place < 0:
+            return False
+        size = into.dtype.itemsize
+        try:
+            handle = self._handle(place >> _SLOTS)
+            raw = os.pread(handle, size, (place & ((1 << _SLOTS) - 1)) * size)
+        except OSError:
+            return False
+        if len(raw) < size:
+            return False
+        found = np.frombuffer(raw, into.dtype)
+        if (int(found["row"][0]), int(found["view"][0]), int(found["sum"][0])) != (row, view, _sum(raw)):
+            return False
+        into.view(np.uint8)[:] = np.frombuffer(raw, np.uint8)
+        return True
+
+    def _handle(self, number: int) -> int:
+        # By process: what a fork has brought along is another's to close.
+        key = os.getpid(), number
+        if key not in self._open:
+            self._open[key] = os.open(self._files[number], os.O_RDONLY)
+        return self._open[key]
+
+    def close(self) -> None:
+        """Close what this process has opened."""
+        for key in [key for key in self._open if key[0] == os.getpid()]:
+            os.close(self._open.pop(key))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How samples take part in it.
+
+    filling: the turns in which entries are made: pixels are loaded, and only what is not there yet is named missing.
+    pixels: some branch trains, and so wants them in any case.
+    """
+
+    stored: Stored
+    filling: bool
+    pixels: bool
+
+
+def check_room(path: Path, key: str, needed: int, there: int) -> None:
+    """Raises UserError where the disk under `path` has not `needed` bytes, of which `there` are written already."""
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    found = os.statvfs(place)
+    free = found.f_bavail * found.f_frsize
+    if free < needed - there:
+        raise UserError(
+            f"{key}: the features take {gigabytes(needed)} in {path}, and the disk has {gigabytes(free)} left; fewer"
+            " views, or null, would do"
+        )
+
+
+def gigabytes(count: int) -> str:
+    """Bytes, for a person."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
