@@ -169,6 +169,7 @@ def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str
     tasks = make_tasks(config.tasks, {name: tuple(map(str, range(count))) for name, count in classes(config).items()})
     model = build_model(config.model, config.tasks, classes(config), config.data.image_size, 0, load=False)
     model.set_trainable(next(entry.trainable for entry in config.phases if entry.name == phase))
+    model.checkpoint_activations(config.train.checkpoint_activations)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
     groups, micro_batch = param_groups(model, config.train.weight_decay), config.train.micro_batch(1)
     engine = make_engine(topology, model, groups, config.train, micro_batch, accumulation)
@@ -286,7 +287,8 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if processes not in planners:
             planners[processes] = Planner(config, classes(config), processes, sys.maxsize, "cpu")
         planner = planners[processes]
-        strategy = next(strategy for strategy in planner.strategies if strategy.name == launch)
+        wanted = (launch, bool(config.train.checkpoint_activations))
+        strategy = next(one for one in planner.strategies if (one.name, one.recompute) == wanted)
         for phase in arguments.phase or [config.phases[-1].name]:
             planned = []
             for index in range(processes):

@@ -232,6 +232,16 @@ def bench_data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_step(arguments: argparse.Namespace) -> int:
+    """How long an optimizer step of each phase takes, and its parts, with pictures that are in memory already."""
+    from hybrid_dist.bench.step import bench, describe
+
+    rows = bench(arguments.config, arguments.overrides, arguments.launch, arguments.phase, arguments.steps)
+    if rows:  # ranks but the first have none
+        print(json.dumps(rows, indent=1) if arguments.json else describe(rows))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="hybrid-dist", description="Tools around train.py.")
@@ -344,6 +354,17 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="plain values on standard output")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
     command.set_defaults(run=bench_checkpoint)
+
+    command = benches.add_parser("step", help="how long an optimizer step takes", description=bench_step.__doc__)
+    command.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/small.yaml")
+    command.add_argument("--phase", metavar="NAME", help="only this phase")
+    command.add_argument("--steps", type=int, default=10, metavar="N", help="steps that are measured (10)")
+    command.add_argument(
+        "--launch", nargs="+", default=[], metavar="FILE", help="accelerate's launch files to measure under"
+    )
+    command.add_argument("--json", action="store_true", help="plain values on standard output")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a key of the config")
+    command.set_defaults(run=bench_step)
     model.add_bench(benches)
 
 

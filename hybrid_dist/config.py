@@ -151,11 +151,20 @@ class TaskConfig(Section):
         return self.score_weight if self.score_weight is not None else SCORE_WEIGHTS.get(name, 0.25)
 
 
+class ProfileConfig(Section):
+    start: int = Field(5, ge=1)
+    """The first step of each phase to be profiled; a resume profiles what it makes of those steps."""
+    steps: int = Field(5, ge=1)
+    """So many of them."""
+
+
 class TrainConfig(Section):
     global_batch_size: int = Field(64, ge=1)
     """Samples in an optimizer step, over all processes: the only batch size that the result depends on."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 16
     """Samples that a process takes at a time; accumulation follows. `auto`: by the plan, less if memory runs out."""
+    checkpoint_activations: list[Literal["cnn", "transformer"]] = []
+    """Branches whose blocks are computed again in the backward pass instead of kept: slower, with less memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass; weights and optimizer stay fp32."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
@@ -174,6 +183,8 @@ class TrainConfig(Section):
     """The tasks' weights in the loss: as they stand, or times what is learned from each task's uncertainty."""
     stall_timeout: float | None = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds without progress after which every rank writes its stacks and the job ends; null: never."""
+    profile: ProfileConfig | None = None
+    """Where the time of some steps goes, by torch.profiler, into `RUN/profile/`; null: not looked at."""
 
     def micro_batch(self, otherwise: int) -> int:
         """The micro batch, where it is a number."""
@@ -350,7 +361,14 @@ _FREE = {
     "": {"checkpoint", "tracking", "debug"},
     "run": {"dir"},
     "data": {"workers", "packed", "max_bad", "train_csv", "train_images", "val_csv", "val_images"},
-    "train": {"micro_batch_size", "max_bad_steps", "deterministic", "stall_timeout"},
+    "train": {
+        "micro_batch_size",
+        "checkpoint_activations",
+        "max_bad_steps",
+        "deterministic",
+        "stall_timeout",
+        "profile",
+    },
 }
 
 
@@ -510,5 +528,7 @@ def _reference(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, 
             default = "required" if field.is_required() else json.dumps(field.default)
             yield prefix + name, default, field.description or ""
         else:
+            if field.default is None:  # a section that may be left out as a whole
+                yield prefix + name, "null", field.description or ""
             many = {"tasks": ".NAME", "phases": ".N"}.get(name, "")
             yield from _reference(section, f"{prefix}{name}{many}.")

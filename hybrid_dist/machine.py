@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cores() -> int:
@@ -21,3 +26,21 @@ def available_memory() -> int:
     except (OSError, ValueError):  # no such group, or it says "max"
         return free
     return min(free, max(limit - used, 0))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The device's peak of allocated memory since `forget_peak_memory`; on a CPU the process's resident peak since its
+    start, which nothing lowers. In 10⁹ bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """From here on the peak is that of what comes; on a CPU nothing happens."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)

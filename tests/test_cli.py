@@ -146,3 +146,64 @@ def test_bench_data(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "plain: " in said
     assert "no packed copy that fits" in said
+
+
+def test_bench_step(
+    tiny_config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches: figures that scripts can't read or that contradict each other; a frozen part that is counted as trained;
+    an update within the backward that counts twice; a phase that is not there and measured all the same."""
+    from hybrid_dist.bench import step
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    phases = [
+        {"name": name, "trainable": [what], "steps": 9, "lr": 1e-3} for name, what in (("a", "heads"), ("c", "all"))
+    ]
+    config = str(tiny_config(phases=phases))
+    command = [
+        "bench",
+        "step",
+        "--config",
+        config,
+        "--steps",
+        "2",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=4",
+    ]
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["phase"] for row in rows] == ["a", "c"]
+    for row in rows:
+        assert row["topology"] == "one process on cpu"
+        assert row["images_per_s"] * row["seconds"] == pytest.approx(4)
+        assert row["tflops"] * 1e12 == pytest.approx(row["flops_per_image"] * row["images_per_s"])
+        assert row["lowest"] <= row["seconds"] <= row["highest"]
+        assert min(row[f"{part}_s"] for part in step.PARTS) > 0
+        assert row["mfu"] is None
+    heads, everything = rows
+    assert heads["trainable"] < everything["trainable"] == everything["parameters"] == heads["parameters"]
+    assert 2.3 * heads["flops_per_image"] < everything["flops_per_image"]
+
+    monkeypatch.setattr(sys, "argv", ["step", *command[2:], "--phase", "a", "--out", str(tmp_path / "rows.json")])
+    assert step.main() == 0, "a rank under a launch file"
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["phase"], row["flops_per_image"]) == ("a", heads["flops_per_image"])
+    lines = step.describe(rows).splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("c ")
+
+    for wrong, said in ((["--phase", "d"], "the phases a, c"), (["--steps", "0"], "1 or more"),
+                        (["train.micro_batch_size=3"], "train.micro_batch_size")):  # fmt: skip
+        assert cli.main([*command, *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+    now = iter((0.0, 1.0, 3.0, 6.0, 10.0, 15.0))
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
+    clock = step.PartClock(lambda: None)
+    with clock.span("backward"), clock.span("optimizer"):
+        pass
+    with clock.span("forward"):
+        pass
+    assert clock.seconds == {"forward": 5.0, "backward": 1.0 + 3.0, "optimizer": 2.0}

@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid_dist.bench.launched import run_module
 from hybrid_dist.config import Config, load_config
 from hybrid_dist.errors import UserError
 
@@ -40,13 +40,8 @@ def bench(config: str, overrides: Sequence[str], launch: Sequence[str], repeats:
     for file in files:
         with tempfile.TemporaryDirectory(dir=disk) as folder:
             out = Path(folder) / "row.json"
-            start = [sys.executable]
-            if file is not None:
-                start += ["-m", "accelerate.commands.launch", "--config_file", file]
-            command = [*start, "-m", __name__, "--config", config, "--repeats", str(repeats), "--out", str(out)]
-            done = subprocess.run([*command, *overrides], stdout=sys.stderr, check=False)
-            if done.returncode != 0:
-                raise UserError(f"{' '.join(command)} ended with {done.returncode}")
+            arguments = ["--config", config, "--repeats", str(repeats), "--out", str(out)]
+            run_module(file, __name__, [*arguments, *overrides])
             rows.append({"launch": file, **json.loads(out.read_text())})
     return rows
 

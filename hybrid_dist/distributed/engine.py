@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_dist.distributed.average import Average
 from hybrid_dist.distributed.launch import Topology
+from hybrid_dist.distributed.spans import OPTIMIZER, span
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
@@ -147,7 +148,8 @@ class Engine(ABC):
     def update_ema(self, decay: float) -> None:
         """Take the weights as they are after a step into their mean, if one is kept, unless the step was left out."""
         if self.average is not None:
-            self.average.update(decay, self.left_out())
+            with span(OPTIMIZER):
+                self.average.update(decay, self.left_out())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

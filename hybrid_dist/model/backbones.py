@@ -107,6 +107,19 @@ class Backbone(nn.Module):
                 module.eval()
         return self
 
+    def checkpoint_activations(self, enable: bool) -> None:
+        """Keep the blocks' inputs alone for the backward pass.
+
+        Raises:
+            UserError: timm can't do it for this backbone.
+        """
+        try:
+            self.net.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):
+            if enable:
+                name = type(self.net).__name__
+                raise UserError(f"train.checkpoint_activations: timm can't do it for {name}; [] would do") from None
+
     def no_weight_decay(self) -> set[str]:
         """Parameters, as named in this module, that timm keeps from weight decay."""
         listed: set[str] = getattr(self.net, "no_weight_decay", set)()

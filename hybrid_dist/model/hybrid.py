@@ -151,6 +151,23 @@ class Hybrid(nn.Module):
             )
         return selected
 
+    def checkpoint_activations(self, parts: Sequence[str]) -> None:
+        """Have the blocks of these branches, and no others, computed again in the backward pass instead of kept.
+
+        Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". A branch that is frozen keeps nothing anyway.
+
+        Raises:
+            UserError: there is no such branch, or timm can't do it.
+        """
+        branches = self.branches()
+        for part in parts:
+            if part not in branches:
+                raise UserError(
+                    f"train.checkpoint_activations: this model has no {part}; {', '.join(branches)} would do"
+                )
+        for part, branch in branches.items():
+            branch.checkpoint_activations(part in parts)
+
     def set_trainable(self, rules: Sequence[str]) -> None:
         """Set `requires_grad` of every parameter; wholly frozen branches go to eval mode and run without a graph.
 

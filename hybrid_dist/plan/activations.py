@@ -49,7 +49,7 @@ class Trace:
     gradients: tuple[tuple[int, int], ...]
     """(operation, parameter): when each gradient is handed over, in order; parameters count in the model's order."""
     visits: tuple[Visit, ...]
-    """Begins and ends of all modules in the forward pass, in order."""
+    """Begins and ends of all modules in the forward pass, and of those whose forward is computed again, in order."""
     saved: int
     """Bytes that autograd keeps for the backward pass: the activations."""
     costs: Costs
@@ -110,11 +110,19 @@ def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast
         with torch.autograd.graph.saved_tensors_hooks(meter.saving, lambda tensor: tensor):
             loss = _loss(fake, images, precision)
         backward_at = len(meter.live)
-        loss.backward()
+        _backward(loss)
     return Trace(
         np.array(meter.live, np.int64), backward_at, tuple(meter.gradients), tuple(meter.visits), meter.saved_bytes(),
         meter.tally.costs(),
     )  # fmt: skip
+
+
+def _backward(loss: Tensor) -> None:
+    """As `loss.backward()`, which would lift the policy meanwhile: what is computed again is to follow it too."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _linear(uncast: bool) -> Callable[..., Tensor] | None:

@@ -13,6 +13,8 @@ class Row:
 
     phase: str
     launch: str
+    recompute: bool
+    """With `train.checkpoint_activations`."""
     micro_batch: int
     accumulation: int
     parameters: int
@@ -44,12 +46,16 @@ class Choice:
     """A launch file and a micro batch."""
 
     launch: str
+    recompute: bool
+    """With `train.checkpoint_activations`."""
     micro_batch: int
     peak: int
     """Bytes, of the phase that needs most."""
     hours: float | None
     """Of all its phases' steps; None: the machine or the number of pictures isn't known."""
     gpu_hours: float | None
+    overrides: tuple[str, ...]
+    """The `key.path=value` that it takes beside the config."""
 
 
 @dataclass(frozen=True)

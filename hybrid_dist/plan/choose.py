@@ -56,6 +56,8 @@ class Rules(NamedTuple):
 
     image_size: int
     trainable: tuple[str, ...]
+    recompute: tuple[str, ...] = ()
+    """Branches whose activations are computed again."""
 
 
 class Planner:
@@ -97,12 +99,21 @@ class Planner:
             except UserError as error:
                 raise UserError(f"phases.{index}.trainable: {error}") from None
         self.rules = {phase.name: Rules(config.size(phase), tuple(phase.trainable)) for phase in config.phases}
+        branches = tuple(part for part in ("cnn", "transformer") if getattr(config.model, part) is not None)
+        self.recomputed = tuple(config.train.checkpoint_activations) or branches
+        """Which branches do so where a strategy recomputes."""
         self.strategies: tuple[Strategy, ...] = strategies(processes, self.precision, device)
         self._parameters = lru_cache(maxsize=None)(self._trained)
         self._timeline = lru_cache(maxsize=None)(self._trace)
         self._passes = lru_cache(maxsize=None)(self._on_the_device)
         self._traffic = lru_cache(maxsize=None)(self._sent)
-        self._rows_made: dict[tuple[str, str, int, int], Row] = {}
+        self._rows_made: dict[tuple[str, Strategy, int, int], Row] = {}
+
+    def _ruled(self, phase: str, strategy: Strategy) -> Rules:
+        """The phase's rules under a strategy."""
+        if not strategy.recompute:
+            return self.rules[phase]
+        return self.rules[phase]._replace(recompute=self.recomputed)
 
     def on(self, processes: int) -> Planner:
         """The same on another number of processes; what is traced serves both."""
@@ -118,7 +129,7 @@ class Planner:
             UserError: the global batch doesn't divide, or the model does other things with other batches.
         """
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
-        rules = self.rules[phase]
+        rules = self._ruled(phase, strategy)
         parameters = self._parameters(rules)
         if rank is None:
             rank = fullest_rank(parameters, strategy.stage, self.processes)
@@ -140,7 +151,8 @@ class Planner:
         # Without a GPU there is but one memory.
         total = bytes_then + workspace + (saved if self.device == "cpu" else 0)
         return Row(
-            phase=phase, launch=strategy.name, micro_batch=micro_batch, accumulation=process.setting.accumulation,
+            phase=phase, launch=strategy.name, recompute=strategy.recompute,
+            micro_batch=micro_batch, accumulation=process.setting.accumulation,
             parameters=process.states.parameters, gradients=process.states.gradients,
             optimizer=process.states.optimizer, ema=process.states.average,
             activations=process.timeline.saved(micro_batch), buckets=process.communication,
@@ -158,10 +170,10 @@ class Planner:
         if self.machine is None:
             return None
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
-        rules = self.rules[phase]
+        rules = self._ruled(phase, strategy)
         both = self._passes(rules, strategy.stage == 3, micro_batch)
         sent = self._sent_by(phase, strategy, accumulation)
-        needed = sum(self._timeline(rules, False).work.flops_per_sample())
+        needed = sum(self._timeline(self.rules[phase], False).work.flops_per_sample())
         peak, _ = self.machine.device.flops(self.precision)
         return pace(both, sent, self.machine, self.processes, micro_batch, accumulation, (needed, peak))
 
@@ -199,7 +211,15 @@ class Planner:
         strategy, size = next(pair for pair in near if self._fit(phases, *pair))
         peak = max(self._kept_row(phase, strategy, size).peak for phase in phases)
         hours = self._hours(phases, strategy, size)
-        return Choice(strategy.name, size, peak, hours, None if hours is None else hours * self.processes)
+        return Choice(
+            strategy.name, strategy.recompute, size, peak, hours, None if hours is None else hours * self.processes,
+            self._overrides(strategy, size),
+        )  # fmt: skip
+
+    def _overrides(self, strategy: Strategy, micro_batch: int) -> tuple[str, ...]:
+        own, wanted = tuple(self.config.train.checkpoint_activations), self.recomputed if strategy.recompute else ()
+        other = () if own == wanted else (f"train.checkpoint_activations=[{','.join(wanted)}]",)
+        return (*other, f"train.micro_batch_size={micro_batch}")
 
     def plan(self, doing: Callable[[str], None]) -> Plan:
         """All of it; `doing` is told what comes next.
@@ -230,7 +250,8 @@ class Planner:
         found = self.choose(list(self.rules))
         if found is None:
             return Scale(self.processes, None, {}, {})
-        strategy = next(strategy for strategy in self.strategies if strategy.name == found.launch)
+        wanted = (found.launch, found.recompute)
+        strategy = next(strategy for strategy in self.strategies if (strategy.name, strategy.recompute) == wanted)
         paces = {phase: self._known_pace(phase, strategy, found.micro_batch) for phase in self.rules}
         rates = {phase: one.images_per_s for phase, one in paces.items()}
         return Scale(self.processes, found, rates, {phase: one.bottleneck for phase, one in paces.items()})
@@ -276,19 +297,19 @@ class Planner:
         sizes = self.micro_batches()
         for phase in self.rules:
             for strategy in self.strategies:
-                doing(f"phase {phase}, {strategy.name}")
+                doing(f"phase {phase}, {strategy.name}{', recomputing' if strategy.recompute else ''}")
                 yield from (self._kept_row(phase, strategy, size) for size in sizes)
 
     def _kept_row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
         """As `row`, made once."""
-        key = (phase, strategy.name, micro_batch, self.processes)
+        key = (phase, strategy, micro_batch, self.processes)
         if key not in self._rows_made:
             self._rows_made[key] = self.row(phase, strategy, micro_batch)
         found = self._rows_made[key]
         return replace(found, fits=found.peak <= self.memory)
 
     def _sent_by(self, phase: str, strategy: Strategy, accumulation: int) -> Traffic:
-        return self._traffic(self.rules[phase], strategy, self.processes, accumulation > 1)
+        return self._traffic(self._ruled(phase, strategy), strategy, self.processes, accumulation > 1)
 
     def _sent(self, rules: Rules, strategy: Strategy, processes: int, accumulates: bool) -> Traffic:
         low = self.precision in AUTOCAST
@@ -307,7 +328,7 @@ class Planner:
         return FP32 * kept // self.processes
 
     def _trained(self, rules: Rules) -> list[Parameter]:
-        return self.fakes[rules.image_size].train(rules.trainable)
+        return self.fakes[rules.image_size].train(rules.trainable, rules.recompute)
 
     def _trace(self, rules: Rules, uncast_linear: bool) -> Timeline:
         self._trained(rules)

@@ -55,13 +55,17 @@ class FakeModel:
         names = {task: tuple(map(str, range(count))) for task, count in classes.items()}
         self.tasks: list[Task] = make_tasks(config.tasks, names)
 
-    def train(self, rules: Sequence[str]) -> list[Parameter]:
+    def train(self, rules: Sequence[str], recompute: Sequence[str] = ()) -> list[Parameter]:
         """Let train what a phase's `trainable` names; gives all parameters in the model's order.
+
+        Args:
+            recompute: The branches whose activations are computed again.
 
         Raises:
             UserError: they name nothing in this model.
         """
         self.model.set_trainable(rules)
+        self.model.checkpoint_activations(recompute)
         self.model.train()
         return self._parameters()
 

@@ -39,7 +39,8 @@ def fit(config: Config, processes: int, memory: int, device: str, launch: str | 
         UserError: the model can't be built, or the global batch doesn't divide.
     """
     planner = Planner(config, look(config).classes, processes, memory, device)
-    tried = [strategy for strategy in planner.strategies if launch in (None, strategy.name)]
+    recompute = bool(config.train.checkpoint_activations)
+    tried = [s for s in planner.strategies if launch in (None, s.name) and s.recompute == recompute]
     sizes = planner.micro_batches()
     own = config.train.micro_batch_size
     if own == "auto":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_dist.plan.activations import Trace
+from hybrid_dist.plan.activations import Trace, Visit
 from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.strategies import PERSISTENT, Buffers
 
@@ -55,9 +55,11 @@ class Gatherer:
         self.changes = np.zeros(len(trace.live) + 1, np.int64)
         self.spikes = np.zeros(len(trace.live) + 1, np.int64)
         graph = {index for _, index in trace.gradients}
-        forward = [visit.parameters for visit in trace.visits if visit.begins]
+        ahead = [visit for visit in trace.visits if visit.operation < trace.backward_at]
+        forward = [visit.parameters for visit in ahead if visit.begins]
         self.backward = [own for own in reversed(forward) if graph.intersection(own)]
-        order = [*forward, *self.backward]
+        self.visits = [*ahead, *self._backward_visits()]
+        order = [visit.parameters for visit in self.visits if visit.begins]
         self.queue = [(step, index) for step, own in enumerate(order) for index in own]
         self.passed = np.cumsum([0, *(sum(self.numel[index] for index in own) for own in order)])
         self.uses: dict[int, list[int]] = {}
@@ -67,26 +69,30 @@ class Gatherer:
     def run(self) -> NDArray[np.float64]:
         """(operations,) bytes of gathered weights and of buffers, without the small weights that are always whole."""
         step = 0
-        for visit in self.trace.visits:
+        for visit in self.visits:
             if visit.begins:
                 step += 1
                 self._fetch(visit.operation, step, visit.parameters)
             else:
                 self._release(visit.operation, step, visit.parameters)
-        for begin, end, own in self._backward_visits():
-            step += 1
-            self._fetch(begin, step, own)
-            self._release(end, step, own)
         return (np.cumsum(self.changes) + self.spikes)[:-1].astype(np.float64)
 
-    def _backward_visits(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """A module's backward ends with the last gradient of its own weights, and the next one's begins."""
+    def _backward_visits(self) -> list[Visit]:
+        """A module's backward ends with the last gradient of its own weights, and the next one's begins.
+
+        What is computed again is visited once more before its backward, block by block.
+        """
         at = {index: operation for operation, index in self.trace.gradients}
+        again = [visit for visit in self.trace.visits if visit.operation >= self.trace.backward_at]
+        ready = {visit.parameters: visit.operation for visit in again}
         begin = self.trace.backward_at
+        found = []
         for own in self.backward:
+            begin = max(begin, ready.get(own, begin))
             end = max(begin, *(at.get(index, begin) for index in own))
-            yield begin, end, own
+            found += [Visit(begin, True, own), Visit(end, False, own)]
             begin = end
+        return sorted([*again, *found], key=lambda visit: visit.operation)
 
     def _fetch(self, operation: int, step: int, own: tuple[int, ...]) -> None:
         """`step` counts the modules until now, this one too."""

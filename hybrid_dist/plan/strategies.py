@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_dist.distributed.tuning import tuned
@@ -18,6 +18,8 @@ class Strategy:
     """ZeRO's; 0: every process holds everything."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    recompute: bool = False
+    """With `train.checkpoint_activations`; no part of the file."""
 
 
 ONE_PROCESS = Strategy("single_gpu")
@@ -33,7 +35,7 @@ SEVERAL = (
 """The simplest and fastest first."""
 
 
-def strategy_of(zero: Mapping[str, Any], processes: int, device: str) -> Strategy:
+def strategy_of(zero: Mapping[str, Any], processes: int, device: str, recompute: bool) -> Strategy:
     """What a launch does, whatever its file is called.
 
     Args:
@@ -41,13 +43,13 @@ def strategy_of(zero: Mapping[str, Any], processes: int, device: str) -> Strateg
         device: `cuda` or `cpu`.
     """
     if processes == 1 and not zero:
-        return ONE_PROCESS if device == "cuda" else ON_THE_CPU
+        return replace(ONE_PROCESS if device == "cuda" else ON_THE_CPU, recompute=recompute)
 
     def offloads(what: str) -> bool:
         return ((zero.get(what) or {}).get("device") or "none") != "none"
 
     stage = int(zero.get("stage", 0))
-    return Strategy("as launched", stage, offloads("offload_optimizer"), offloads("offload_param"))
+    return Strategy("as launched", stage, offloads("offload_optimizer"), offloads("offload_param"), recompute)
 
 
 PERSISTENT = 100_000
@@ -80,12 +82,14 @@ def buffers(stage: int, trainable: Sequence[int], total: int) -> Buffers:
 
 
 def strategies(processes: int, precision: str, device: str) -> tuple[Strategy, ...]:
-    """Those that can run so many processes in this precision, the simplest first.
+    """Those that can run so many processes in this precision, the simplest first; each without and with recomputing.
 
     Args:
         precision: As `train.precision`. fp16 is refused under ZeRO 1 to 3.
         device: `cuda` or `cpu`.
     """
     if processes == 1:
-        return (ONE_PROCESS if device == "cuda" else ON_THE_CPU,)
-    return tuple(strategy for strategy in SEVERAL if precision != "fp16" or strategy.stage == 0)
+        found = [ONE_PROCESS if device == "cuda" else ON_THE_CPU]
+    else:
+        found = [strategy for strategy in SEVERAL if precision != "fp16" or strategy.stage == 0]
+    return tuple(replace(strategy, recompute=recompute) for strategy in found for recompute in (False, True))

@@ -57,7 +57,9 @@ def table(plan: Plan) -> Table:
     """For each phase and launch file its largest micro batch that fits, or the smallest there is. In GB a process."""
     found = Table(box=None, pad_edge=False)
     columns = {name: key for name, key in COLUMNS.items() if key != "ema" or any(row.ema for row in plan.rows)}
-    for column in ("phase", "launch file", "micro batch", *columns, "fullest in", *PACE, "held up by", ""):
+    recomputes = any(row.recompute for row in shown(plan.rows))
+    again = ("recomputes",) if recomputes else ()
+    for column in ("phase", "launch file", *again, "micro batch", *columns, "fullest in", *PACE, "held up by", ""):
         right = column in ("micro batch", *columns, *PACE)
         found.add_column(column, justify="right" if right else "left", no_wrap=True)
     before = None
@@ -66,7 +68,8 @@ def table(plan: Plan) -> Table:
             found.add_section()
         pace = row.pace
         found.add_row(
-            row.phase if row.phase != before else "", row.launch, str(row.micro_batch),
+            row.phase if row.phase != before else "", row.launch,
+            *(("yes" if row.recompute else "",) if recomputes else ()), str(row.micro_batch),
             *(f"{getattr(row, key) / GB:.2f}" for key in columns.values()), row.fullest,
             *((f"{row.sent / GB:.2f}", _digits(pace.images_per_s), pace.bottleneck) if pace else ("", "", "")),
             "fits" if row.fits else "too large", style=None if row.fits else "red",
@@ -93,7 +96,7 @@ def scaling_table(plan: Plan) -> Table:
             continue
         each = [(_digits(scale.images_per_s[phase]), scale.bottleneck[phase]) for phase in plan.phases]
         found.add_row(
-            str(scale.processes), scale.choice.launch, str(scale.choice.micro_batch),
+            str(scale.processes), _setting(scale.choice), str(scale.choice.micro_batch),
             *(cell for pair in each for cell in pair), _span(scale.choice.hours), _digits(scale.choice.gpu_hours),
             f"{efficiency(scale, first):.0%}",
         )  # fmt: skip
@@ -113,16 +116,24 @@ def advice(plan: Plan, config: str, overrides: Sequence[str], gpus_per_node: int
         lines.append(f"no launch file and micro batch fits all phases into {plan.memory / GB:g} GB a GPU")
         lines.append(f"  {_what_would_do(plan)}")
     else:
-        lines.append(f"all phases: {plan.run.launch}, micro batch {plan.run.micro_batch}{_time(plan.run)}")
+        lines.append(f"all phases: {_setting(plan.run)}, micro batch {plan.run.micro_batch}{_time(plan.run)}")
         lines += _typed(plan.run, plan, config, overrides, None, gpus_per_node)
     for phase, choice in plan.phases.items():
         if choice is None:
             lines.append(f"phase {phase} does not fit")
-        elif plan.run is None or (choice.launch, choice.micro_batch) != (plan.run.launch, plan.run.micro_batch):
-            said = f"{choice.launch}, micro batch {choice.micro_batch}{_time(choice)}"
+        elif plan.run is None or _set(choice) != _set(plan.run):
+            said = f"{_setting(choice)}, micro batch {choice.micro_batch}{_time(choice)}"
             lines.append(f"phase {phase} as a job of its own: {said}")
             lines += _typed(choice, plan, config, overrides, phase, gpus_per_node)
     return lines
+
+
+def _set(choice: Choice) -> tuple[str, bool, int]:
+    return choice.launch, choice.recompute, choice.micro_batch
+
+
+def _setting(choice: Choice) -> str:
+    return f"{choice.launch}, recomputing" if choice.recompute else choice.launch
 
 
 def _what_would_do(plan: Plan) -> str:
@@ -133,10 +144,10 @@ def _what_would_do(plan: Plan) -> str:
     return "; ".join([*words, "smaller pictures (data.image_size) or a smaller pair of backbones take less"])
 
 
-def _by_setting(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
-    found: dict[tuple[str, int], list[Row]] = {}
+def _by_setting(rows: Sequence[Row]) -> dict[tuple[str, bool, int], list[Row]]:
+    found: dict[tuple[str, bool, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.launch, row.micro_batch), []).append(row)
+        found.setdefault((row.launch, row.recompute, row.micro_batch), []).append(row)
     return found
 
 
@@ -174,9 +185,10 @@ def command(choice: Choice, processes: int, config: str, overrides: Sequence[str
 
 
 def _training(choice: Choice, config: str, overrides: Sequence[str], phase: str | None) -> list[str]:
-    own = [override for override in overrides if not override.startswith("train.micro_batch_size=")]
+    told = {override.partition("=")[0] for override in choice.overrides}
+    own = [override for override in overrides if override.partition("=")[0] not in told]
     only = ["--phase", phase] if phase is not None else []
-    return ["--config", config, *only, *own, f"train.micro_batch_size={choice.micro_batch}"]
+    return ["--config", config, *only, *own, *choice.overrides]
 
 
 def to_json(plan: Plan, machine: Machine, classes: Mapping[str, int], notes: Sequence[str]) -> dict[str, Any]:
@@ -185,13 +197,21 @@ def to_json(plan: Plan, machine: Machine, classes: Mapping[str, int], notes: Seq
 
 
 def shown(rows: Sequence[Row]) -> list[Row]:
-    """Of each phase and launch file the largest micro batch that fits, or the smallest there is."""
-    best: dict[tuple[str, str], Row] = {}
+    """Of each phase and launch file the largest micro batch that fits, or the smallest there is.
+
+    With recomputing only where that lets more fit.
+    """
+    best: dict[tuple[str, str, bool], Row] = {}
     for row in rows:  # the largest micro batch comes first
-        key = row.phase, row.launch
+        key = row.phase, row.launch, row.recompute
         if key not in best or not best[key].fits:
             best[key] = row
-    return list(best.values())
+
+    def helps(row: Row) -> bool:
+        plain = best[row.phase, row.launch, False]
+        return (row.fits, row.fits * row.micro_batch) > (plain.fits, plain.fits * plain.micro_batch)
+
+    return [row for row in best.values() if not row.recompute or helps(row)]
 
 
 def _gpus(count: int) -> str:

@@ -49,7 +49,7 @@ def draw(plan: Plan, machine: Machine, path: Path) -> None:
 def _memory(axes: Axes, plan: Plan, phase: str) -> None:
     """Stacked bars, with what is there at once as a line on each: not all of a bar is."""
     rows: list[Row] = [row for row in shown(plan.rows) if row.phase == phase]
-    names = [f"{row.launch}\n× {row.micro_batch}" for row in rows]
+    names = [f"{row.launch}\n× {row.micro_batch}" + ("\nrecomputing" if row.recompute else "") for row in rows]
     bottom = [0.0] * len(rows)
     for part, colour in zip(PARTS, (*COLOURS[:6], GREY), strict=True):
         heights = [getattr(row, part) / GB for row in rows]

@@ -50,7 +50,10 @@ def build_workspace(config: Config, entity: str) -> Any:
         "Training": [
             lines("train/loss", *(f"train/loss_{name}" for name in names)), lines("train/lr"), lines("train/grad_norm"),
         ],
-        "Speed": [lines("perf/images_per_s"), lines("perf/data_wait"), lines("perf/peak_memory_gb")],
+        "Speed": [
+            lines("perf/images_per_s"), lines("perf/images_per_s_per_gpu"), lines("perf/mfu"), lines("perf/data_wait"),
+            lines("perf/peak_memory_gb"),
+        ],
     }  # fmt: skip
     made = [workspaces.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()]
     return workspaces.Workspace(entity=entity, project=project_of(config), name=config.run.name, sections=made)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from hybrid_dist.checkpoint import Content, Found
 from hybrid_dist.config import PhaseConfig
 from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.data.order import steps_per_epoch
-from hybrid_dist.distributed import Engine
+from hybrid_dist.distributed import DATA, Engine, span
 from hybrid_dist.errors import UserError
+from hybrid_dist.machine import peak_memory_gb
 from hybrid_dist.tracking import Judgement, Lines, MetricsFile, Position, Sinks, json_line
 from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
@@ -27,6 +27,7 @@ from hybrid_dist.training.frozen import Pixels
 from hybrid_dist.training.guard import Guard, TooManyBad
 from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.optim import ema_decay, learning_rate
+from hybrid_dist.training.profile import StepProfiler
 from hybrid_dist.training.publish import PREDICTIONS, checkpoint_name
 from hybrid_dist.training.state import TrainState
 from hybrid_dist.training.step import LossLog, Made, label_counts, step_seed, trace_of, train_step
@@ -132,6 +133,7 @@ class PhaseLoop:
         self.bad = self._bad_pictures()
         if self.bad.lines is not None:
             self.files[BAD_PICTURES] = self.bad.lines
+        self.profile = StepProfiler(job, phase.name)
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
@@ -172,6 +174,7 @@ class PhaseLoop:
         finally:
             self.frozen.close()
             self.job.terminal.end()
+            self.profile.close()
             for file in self.files.values():
                 file.close()
         assert self.saver.newest is not None
@@ -187,11 +190,9 @@ class PhaseLoop:
                 self._validate()
             self._begin()
             while not self._ended and self.state.phase_step < end:
-                began = time.monotonic()
-                batches, counts = self._take(feed)
-                self._waited += time.monotonic() - began
-                self._step(batches, counts)
-                self._worked += time.monotonic() - began
+                step = self.state.phase_step + 1
+                with self.profile.step(step, self._pauses_after(step)):
+                    self._make_step(feed)
                 self._after_step()
         finally:
             feed.close()
@@ -199,6 +200,17 @@ class PhaseLoop:
     def _begin(self) -> None:
         label, later = f"phase {self.phase.name}", self.job.steps_after(self.phase)
         self.job.terminal.start(label, self.state.phase_step, self.length.total, later)
+
+    def _make_step(self, feed: Feed) -> None:
+        began = time.monotonic()
+        with span(DATA):
+            batches, counts = self._take(feed)
+        self._waited += time.monotonic() - began
+        self._step(batches, counts)
+        self._worked += time.monotonic() - began
+        step = self.state.phase_step
+        if self.length.ends_epoch(step) or step % self.config.tracking.log_every == 0:
+            self._log()
 
     def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, float]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
@@ -249,17 +261,19 @@ class PhaseLoop:
         self.losses.kept += [one.losses for one in made if self.guard.is_good(one)]
         return made
 
+    def _pauses_after(self, step: int) -> bool:
+        """Whether a validation or a checkpoint follows a step of the phase."""
+        every = self.config.checkpoint.every_steps
+        return self.length.ends_epoch(step) or (every is not None and step % every == 0)
+
     def _after_step(self) -> None:
         step = self.state.phase_step
         self.state.validation_due = self.length.ends_epoch(step)
-        if self.state.validation_due or step % self.config.tracking.log_every == 0:
-            self._log()
         self.job.terminal.advance(step)
-        every = self.config.checkpoint.every_steps
         if self.state.validation_due:
             self._validate()
             self._begin()
-        elif every and step % every == 0:
+        elif self._pauses_after(step):
             self._save(wait=False)
 
     def _at(self) -> Position:
@@ -281,9 +295,14 @@ class PhaseLoop:
         values: dict[str, Any] = dict(zip(names, mean, strict=True)) if mean else dict.fromkeys(names)
         values |= {"train/lr": self.lr, "train/grad_norm": self.engine.grad_norm()}
         if self._worked > 0:
-            values["perf/images_per_s"] = self._seen / self._worked
+            speed = self._seen / self._worked
+            values["perf/images_per_s"] = speed
+            values["perf/images_per_s_per_gpu"] = speed / self.topology.world_size
+            utilisation = self.job.utilisation.of(self.phase.name, speed)
+            if utilisation is not None:
+                values["perf/mfu"] = utilisation
             values["perf/data_wait"] = self._waited / self._worked
-        values["perf/peak_memory_gb"] = _peak_memory_gb(self.topology.device)
+        values["perf/peak_memory_gb"] = peak_memory_gb(self.topology.device)
         self._waited = self._worked = 0.0
         self._seen = 0
         self._write_metrics(values)
@@ -444,10 +463,3 @@ class PhaseLoop:
             self._save(wait=True)
         reasons = [reason for reason in self.control.to_all(self.job.stop.reason) if reason]
         raise Stopped(reasons[0] if reasons else "asked to stop")
-
-
-def _peak_memory_gb(device: torch.device) -> float:
-    """The device's peak of allocated memory; on a CPU the process's resident peak. In 10⁹ bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -92,7 +92,8 @@ def choose(
     sizes = [size for size in range(share, 0, -1) if share % size == 0 and size <= most]
     if not sizes:
         raise UserError(f"{config.folder / RECORD}: a micro batch of 1 was too much for {topology.label}. {_WOULD_DO}")
-    strategy = strategy_of(topology.zero, topology.world_size, topology.device.type)
+    recompute = bool(config.train.checkpoint_activations)
+    strategy = strategy_of(topology.zero, topology.world_size, topology.device.type, recompute)
     planned = largest(config, classes, topology.world_size, limits.memory, topology.device.type, strategy)
     found = next((size for size in sizes if planned is not None and size <= planned), sizes[-1])
     why = f"by the plan, for {limits.memory / 1e9:.1f} GB" if planned is not None else "though by the plan none fits"

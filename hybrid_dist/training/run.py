@@ -43,6 +43,7 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Engine, Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
+from hybrid_dist.machine import forget_peak_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
@@ -50,6 +51,7 @@ from hybrid_dist.training.frozen import Pixels, open_features, views_of, weights
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
+from hybrid_dist.training.profile import check_folder as check_profile_folder
 from hybrid_dist.training.publish import (
     best_is_there,
     best_step,
@@ -64,6 +66,7 @@ from hybrid_dist.training.starts import note_start
 from hybrid_dist.training.state import TrainState, check_own
 from hybrid_dist.training.stop import EXIT_STOPPED, Stop, Stopped
 from hybrid_dist.training.tasks import Task, make_tasks
+from hybrid_dist.training.utilisation import Utilisation
 from hybrid_dist.training.watch import Watch
 
 DONE = 0
@@ -92,6 +95,7 @@ class Job:
     lock: RunLock
     stop: Stop
     watch: Watch
+    utilisation: Utilisation
     status: Status
     terminal: Terminal
     sinks: Sinks
@@ -205,6 +209,8 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     decide(topology, lambda: _claim_folder(job, fresh, found))
     job.room.start(lambda reason: _begins_anew(job, reason))
     try:
+        agree(topology, lambda: check_profile_folder(config))
+        job.utilisation.begin()
         _report_unseen(job)
         _forget_lost_best(job, state)
         _train(job, state, found, only, initial)
@@ -233,6 +239,7 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
         job.sinks.ended("failed", reason)
         raise
     finally:
+        job.utilisation.close()
         job.sinks.close()
 
 
@@ -287,7 +294,7 @@ def prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> J
         tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
         room=Room(config, topology, micro_batch), lock=RunLock(config.folder, terminal.say), stop=stop,
-        watch=watch, status=status, terminal=terminal,
+        watch=watch, utilisation=Utilisation(config, sizes, topology, terminal.say), status=status, terminal=terminal,
         sinks=sinks,
     )  # fmt: skip
 
@@ -358,6 +365,7 @@ def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
     _check_models(job.config)
     model = job.build(job.config.phases[0], load=True)
+    model.checkpoint_activations(job.config.train.checkpoint_activations)
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
@@ -652,12 +660,14 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
     """Take one phase from `state` to its end; `found` is the newest checkpoint, this phase's or the one's before."""
     job.watch.beat("building the model")
     job.sinks.begin(state, state.positions.get("metrics", 0))
+    forget_peak_memory(job.topology.device)
     resumed = found is not None and found.state["phase"] == phase.name
     if model is None:
         assert found is not None
         model = job.build(phase, load=False)
         model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
+    model.checkpoint_activations(job.config.train.checkpoint_activations)
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     weights = weights_sums(model) if phase.cache_features is not None and job.topology.is_main else {}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_dist.data.mix import WHOLE
-from hybrid_dist.distributed import Control, Engine
+from hybrid_dist.distributed import BACKWARD, FORWARD, OPTIMIZER, Control, Engine, span
 from hybrid_dist.model.noise import sample_keys
 from hybrid_dist.training.frozen import on_device
 from hybrid_dist.training.objective import Objective, mixed_with
@@ -80,21 +80,24 @@ def train_step(
     for index, batch in enumerate(batches):
         last, size = index == len(batches) - 1, len(batch.rows)
         first = (index * world + rank) * size
-        noise.begin(sample_keys(seed, first, size, device))
         torch.manual_seed(seed + first)  # for what a backbone may draw besides
         beat(f"in micro batch {index + 1} of {len(batches)}")
         with engine.accumulating(last):
-            outputs = engine.forward(batch.images.to(device, non_blocking=True), **on_device(batch, device))
-            micro = objective(outputs, batch, counts)
-            totals += micro.shares
-            samples.append(micro.samples)
-            if last:
-                # Before the last backward: under ZeRO it makes the update, too.
-                totals = engine.total(totals)
-                engine.backward(objective.poison(micro, outputs, totals), last)
-            else:
-                engine.backward(micro.loss, last)
-    engine.step()
+            with span(FORWARD):
+                noise.begin(sample_keys(seed, first, size, device))
+                outputs = engine.forward(batch.images.to(device, non_blocking=True), **on_device(batch, device))
+                micro = objective(outputs, batch, counts)
+                totals += micro.shares
+                samples.append(micro.samples)
+                loss = micro.loss
+                if last:
+                    # Before the last backward: under ZeRO it makes the update, too.
+                    totals = engine.total(totals)
+                    loss = objective.poison(micro, outputs, totals)
+            with span(BACKWARD):
+                engine.backward(loss, last)
+    with span(OPTIMIZER):
+        engine.step()
     noise.end()
     return StepLosses(torch.cat([totals, engine.left_out().view(1)]), samples)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ POISONED = [name for name in TOPOLOGIES if name not in ("one, micro 2", "ZeRO 3 
 """Where the poisoned run is made: four processes on two cores are slow."""
 BACK = (REFERENCE, "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 2 offload x2")
 """Where the run that goes back is tried."""
+PROFILED = "ZeRO 3 x2"
+"""Where the run is profiled on its way."""
 KEPT = (REFERENCE, "DDP x2", "ZeRO 3 x2")
 """Where the run that keeps the features of its frozen branches is made."""
 FORGOTTEN = (5, 17)
@@ -47,6 +51,10 @@ POISON = {3: (5, "pixels"), 14: (5, "label"), 15: (0, "label"), 27: (12, "pixels
 # Three bad steps in a row are too many for that twin. The 16th comes in phase b's fifth step; a line is written after
 # the ninth, when all is well again, and a checkpoint is there of the eighth.
 STREAK = {16: (5, "label"), 17: (5, "pixels"), 18: (4, "label")}
+
+
+RECOMPUTED = ("one, micro 4", "ZeRO 2 offload x2", "ZeRO 3 x2")
+"""Where activations are computed again."""
 
 
 def poison(steps: dict[int, tuple[int, str]]) -> dict[int, tuple[int, str]]:
@@ -103,6 +111,10 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
     values["train"] |= {"precision": precision, "micro_batch_size": micro}
+    if name in RECOMPUTED:
+        values["train"]["checkpoint_activations"] = ["cnn", "transformer"]
+    if run == "tiny" and name == PROFILED:
+        values["train"]["profile"] = {"start": 3, "steps": 1}
     if run == "gone_back":
         values["train"] |= {"max_bad_steps": 3, "ema": 0.9}
         values["checkpoint"], values["tracking"]["log_every"] = {"every_steps": 2, "keep": 1}, 9
@@ -201,6 +213,34 @@ def test_going_back(name: str, runs: Runs) -> None:
         run, runs(REFERENCE, "gone_back"))]  # fmt: skip
     assert [line["step"] for line in ends[0]] == [line["step"] for line in ends[1]]
     assert ends[0][-1]["val/loss"] == pytest.approx(ends[1][-1]["val/loss"], rel=1e-5)
+
+
+ENDINGS = [f"-rank-0000{rank}.trace.json.gz" for rank in range(2)]
+
+
+def ranges(events: list[dict[str, Any]], part: str) -> list[tuple[float, float]]:
+    """When each range of a part began and ended, in order."""
+    own = [event for event in events if event["name"] == f"hybrid-dist: {part}"]
+    return sorted((event["ts"], event["ts"] + event["dur"]) for event in own)
+
+
+def test_profiled_on_its_way(runs: Runs) -> None:
+    """Catches: a rank without a profile; an update within ZeRO's backward that counts as backward; collectives that
+    are not seen. That it changes nothing is what the other tests of this run say."""
+    folder = runs(PROFILED) / "profile"
+    names = {f"{phase}{ending}" for phase in "abc" for ending in (".json", *ENDINGS)}
+    assert {file.name for file in folder.iterdir()} == names
+    for phase in "abc":
+        found = json.loads((folder / f"{phase}.json").read_text())
+        assert found["steps"] == [3]
+        assert sum(found["split"].values()) == pytest.approx(found["seconds"], rel=1e-6)
+        assert min(found["split"].values()) > 0
+        assert found["split"]["communication"] <= found["communication_in_flight"] * (1 + 1e-6)
+        with gzip.open(folder / f"{phase}{ENDINGS[1]}", "rt") as file:
+            events = json.load(file)["traceEvents"]
+        backwards, updates = (ranges(events, part) for part in ("backward", "optimizer"))
+        assert len(backwards) == 16 // (2 * TOPOLOGIES[PROFILED][2])
+        assert any(backwards[-1][0] < begin and end <= backwards[-1][1] for begin, end in updates), "within the last"
 
 
 @pytest.mark.parametrize("name", KEPT)

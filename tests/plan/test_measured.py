@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, tiny_values
 
 KINDS = ("parameters", "gradients", "optimizer")
 LAUNCHES = ["zero1", "zero2", "zero3"]
@@ -19,10 +20,6 @@ LAUNCHES = ["zero1", "zero2", "zero3"]
 @pytest.fixture(scope="module")
 def rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By launch file; two micro batches in a step, the transformer and what follows it train."""
-    from ruamel.yaml import YAML
-
-    from tests.conftest import tiny_values
-
     folder = tmp_path_factory.mktemp("measured")
     values = tiny_values(tiny_data, folder)
     # Wide enough for weights that ZeRO 3 does not leave whole.
@@ -30,13 +27,29 @@ def rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     values["model"]["transformer"]["kwargs"]["embed_dim"] = 48
     values["train"] = {"precision": "bf16", "micro_batch_size": 8, "global_batch_size": 32}
     YAML().dump(values, folder / "config.yaml")
-    command = [sys.executable, "benchmarks/plan_memory.py", "--config", str(folder / "config.yaml"), "--json"]
-    command += ["--phase", "b", "--launch", *LAUNCHES]
+    return measured(folder / "config.yaml", "b", LAUNCHES, [])
+
+
+def measured(config: Path, phase: str, launches: list[str], changes: list[str]) -> dict[str, dict[str, Any]]:
+    """By launch file what the benchmark says."""
+    command = [sys.executable, "benchmarks/plan_memory.py", "--config", str(config), "--json"]
+    command += ["--phase", phase, "--launch", *launches, "--", *changes]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {row["launch"]: row for row in json.loads(done.stdout)}
+
+
+def test_recomputed_peak_is_right(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: what is computed again that the trace does not see, or sees in another place."""
+    config = tmp_path / "config.yaml"
+    YAML().dump(tiny_values(tiny_data, tmp_path), config)
+    changes = ["train.checkpoint_activations=[cnn,transformer]", "train.micro_batch_size=16", "train.precision=bf16"]
+    row = measured(config, "c", ["cpu"], changes)["cpu"]
+    assert row["planned"][0]["peak"] == pytest.approx(row["measured"][0]["peak"], rel=0.1)
+    plain = measured(config, "c", ["cpu"], changes[1:])["cpu"]
+    assert row["measured"][0]["peak"] < 0.8 * plain["measured"][0]["peak"]
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)

@@ -57,12 +57,36 @@ def test_more_memory_is_never_worse(planner: Planner) -> None:
         for choice in (found.run, *found.phases.values()):
             if choice is not None:
                 assert choice.peak <= memory
-        now = None if found.run is None else (-ORDER.index(found.run.launch), found.run.micro_batch)
+        run = found.run
+        now = None if run is None else (-ORDER.index(run.launch), not run.recompute, run.micro_batch)
         if before is not None:
             assert now is not None
             assert now >= before
         before = now
-    assert before == (0, 4), "everything fits: DDP, and the largest micro batch"
+    assert before == (0, True, 4), "everything fits: DDP, and the largest micro batch"
+
+
+def test_recomputing(planner: Planner, config_file: Path) -> None:
+    """Catches: recomputing that saves nothing or costs nothing, that is not offered where nothing else fits, is typed
+    wrongly, or counts as the model's own arithmetic."""
+    by = {(row.phase, row.launch, row.micro_batch, row.recompute): row for row in plan(planner, 80_000_000_000).rows}
+    for phase in "bc":
+        plain, again = (by[phase, "ddp", 4, recompute] for recompute in (False, True))
+        assert again.activations < 0.6 * plain.activations and again.peak < plain.peak
+        assert (again.parameters, again.sent) == (plain.parameters, plain.sent)
+    assert by["a", "ddp", 4, True].peak == by["a", "ddp", 4, False].peak, "frozen branches keep nothing"
+    three, again = (by["c", "zero3", 4, recompute] for recompute in (False, True))
+    assert again.peak < three.peak and again.sent >= three.sent, "weights are gathered for it once more"
+    most = {recompute: max(by[p, "ddp", 4, recompute].peak for p in "abc") for recompute in (True, False)}
+    small = Planner(load_config(config_file), CLASSES, 4, most[False] - 1, "cuda")
+    choice = small.choose(["a", "b", "c"])
+    assert choice is not None and (choice.launch, choice.recompute) == ("ddp", False), "a smaller micro batch"
+    least = min(row.peak for row in by.values() if row.launch == "ddp" and row.phase == "c" and not row.recompute)
+    few = Planner(load_config(config_file, ["train.checkpoint_activations=[cnn]"]), CLASSES, 4, least - 1, "cuda")
+    assert few.recomputed == ("cnn",)
+    tight = Planner(load_config(config_file), CLASSES, 4, least - 1, "cuda").choose(["c"])
+    assert tight is not None and tight.launch == "ddp" and tight.recompute
+    assert tight.overrides[0] == "train.checkpoint_activations=[cnn,transformer]"
 
 
 def test_phases_of_different_sizes(config_file: Path) -> None:
@@ -106,7 +130,7 @@ def test_the_smallest_buckets(config_file: Path, monkeypatch: pytest.MonkeyPatch
 def test_fp16_is_not_planned_where_training_refuses_it(config_file: Path) -> None:
     """Catches: a recommendation that DeepSpeed's fp16 makes wrong."""
     config = load_config(config_file, ["train.precision=fp16"])
-    assert [strategy.name for strategy in Planner(config, CLASSES, 2, 1, "cuda").strategies] == ["ddp"]
+    assert {strategy.name for strategy in Planner(config, CLASSES, 2, 1, "cuda").strategies} == {"ddp"}
 
 
 def test_command(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,13 +143,14 @@ def test_command(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["run"]["micro_batch"] == 8
     assert found["memory"] == 24_000_000_000
     assert found["classes"] == CLASSES, "the data is there: its own labels count"
-    assert len(found["rows"]) == 3 * 6 * 4
+    assert len(found["rows"]) == 3 * 6 * 2 * 4, "phases, launch files, with and without recomputing, micro batches"
     assert all(isinstance(row["peak"], int) and row["peak"] > row["parameters"] for row in found["rows"])
     paces = [row["pace"] for row in found["rows"]]
     assert all(pace["images_per_s"] > 0 and pace["bottleneck"] in pace["parts"] for pace in paces)
     assert (found["pictures"], found["steps"]) == (56, {"a": 10, "b": 10, "c": 10})
     assert [scale["processes"] for scale in found["scaling"]] == [1, 2, 4, 8, 16]
-    seconds = {(row["phase"], row["launch"], row["micro_batch"]): row["pace"]["seconds"] for row in found["rows"]}
+    plain = [row for row in found["rows"] if not row["recompute"]]
+    seconds = {(row["phase"], row["launch"], row["micro_batch"]): row["pace"]["seconds"] for row in plain}
     assert found["run"]["hours"] == pytest.approx(sum(10 * seconds[phase, "ddp", 8] for phase in "abc") / 3600)
     assert found["machine"]["device"]["title"] == "L4"
     assert "phase c" in (tmp_path / "plan.svg").read_text()

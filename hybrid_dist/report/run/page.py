@@ -167,6 +167,7 @@ def _curves(report: Report) -> list[tuple[str, Any]]:
         ("Learning rate", ("train/lr",), False),
         ("Gradient norm", ("train/grad_norm",), True),
         ("Pictures a second", ("perf/images_per_s",), False),
+        ("Model FLOPs utilisation", ("perf/mfu",), False),
     ]
     drawn = []
     for caption, keys, log in wanted:
