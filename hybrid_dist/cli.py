@@ -375,6 +375,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     strange = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(arguments, "overrides")]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    # A list of launch files takes what stands behind it, too.
+    files = getattr(arguments, "launch", [])
+    keys = [text for text in files if "=" in text and not Path(text).exists()]
+    if keys:
+        arguments.launch = [text for text in files if text not in keys]
+        rest = [*rest, *keys]
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments

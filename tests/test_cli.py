@@ -199,6 +199,11 @@ def test_bench_step(
         assert cli.main([*command, *wrong]) == 2
         assert said in capsys.readouterr().err
 
+    parsed = cli._parse(
+        ["bench", "step", "--config", config, "--launch", "a.yaml", "b.yaml", "train.ema=0.9", "--steps", "2"]
+    )
+    assert (parsed.launch, parsed.overrides) == (["a.yaml", "b.yaml"], ["train.ema=0.9"])
+
     now = iter((0.0, 1.0, 3.0, 6.0, 10.0, 15.0))
     monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
     clock = step.PartClock(lambda: None)
