@@ -56,7 +56,7 @@ def test_in_the_metrics(call: Callable[..., int], tiny_config: Callable[..., Pat
     def begin_and_wait(own: Utilisation) -> None:
         begin(own)
         assert own._thread is not None
-        own._thread.join(120)  # a run this small would be over before anything is counted
+        own._thread.join(600)  # a run this small would be over before anything is counted
 
     monkeypatch.setattr(utilisation, "peak_flops", lambda device, precision: 2e12)
     monkeypatch.setattr(Utilisation, "begin", begin_and_wait)
