@@ -129,6 +129,7 @@ def _times(
     counts = dict.fromkeys(config.tasks, CLASSES)
     model = build_model(config.model, config.tasks, counts, config.size(phase), config.run.seed, load=False)
     model.set_trainable(phase.trainable)
+    model.checkpoint_activations(config.train.checkpoint_activations)
     numbers = describe(model)["all"]
     groups = param_groups(model, config.train.weight_decay, None, peak_rates(model, phase))
     accumulation = config.train.global_batch_size // (micro * topology.world_size)

@@ -1,0 +1,396 @@
+"""The whole job beside the plain recipe, and an epoch beside what people use now: ratios of wall-clock time.
+
+    python benchmarks/job.py [--train 3000] [--repeats 3] [--timm FILE] [--accelerate FILE] [--json FILE]
+
+The three phases of the quickstart's pair on the same rendered pictures, for the same epochs, as two whole commands by
+turns: `train.py`, and the plain recipe that a script for this would be: one process, fp32, PIL and torchvision,
+everything in the graph, AdamW with a cosine, a full torch.save each epoch. Then one task and one backbone: an epoch of
+`train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py (`--accelerate`). Those are the
+projects' own files, run as they are, but that the second has its model, sizes and epochs in its code. An epoch is half
+of the difference between a run of three and one of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hybrid_dist.config import load_config
+from hybrid_dist.files import read_object
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+EPOCHS = {"a": 2, "b": 2, "c": 4}
+RATES = {"a": 2e-3, "b": 2e-3, "c": 4e-3}
+TRAINS = {"a": ("heads",), "b": ("heads", "transformer"), "c": ("heads", "transformer", "cnn")}
+BATCH, SIZE = 32, 96
+LOW = 0.45
+"""What the job may take of the plain recipe's time."""
+
+
+def call(words: list[str], folder: Path, threads: int | None = None) -> float:
+    """Run a command; the seconds that it takes."""
+    changes = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | changes
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    began = time.monotonic()
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return time.monotonic() - began
+
+
+def places(data: Path) -> list[str]:
+    return [
+        f"data.train_csv={data / 'train.csv'}", f"data.train_images={data / 'train'}",
+        f"data.val_csv={data / 'val.csv'}", f"data.val_images={data / 'val'}",
+    ]  # fmt: skip
+
+
+def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds, and the last phase's best val/score."""
+    shutil.rmtree(work / "runs", ignore_errors=True)
+    keys = [
+        *places(data),
+        f"run.dir={work / 'runs'}",
+        "tracking.report=false",
+        f"phases={json.dumps(phases)}",
+        *changes,
+    ]
+    taken = call([sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG), *keys], ROOT, os.cpu_count())
+    best = read_object(work / "runs" / "quickstart" / f"phase_{phases[-1]['name']}" / "best.json")
+    return taken, float(best["metrics"]["val/score"])
+
+
+def job_phases() -> list[dict[str, Any]]:
+    """The quickstart does not augment, so a picture has one view, for which a frozen branch gives the same always."""
+    kept = {"a": 1, "b": 1, "c": None}
+    names = {"a": ["heads", "fusion"], "b": ["heads", "fusion", "transformer"], "c": ["all"]}
+    return [
+        {
+            "name": name,
+            "trainable": names[name],
+            "epochs": EPOCHS[name],
+            "lr": RATES[name],
+            "cache_features": kept[name],
+        }
+        for name in EPOCHS
+    ]
+
+
+def plain(data: Path, work: Path) -> tuple[float, float]:
+    """The plain recipe in a process of its own; as `ours`."""
+    out = work / "plain"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    taken = call([sys.executable, __file__, "--plain", str(data), str(out)], ROOT)
+    return taken, float(read_object(out / "score.json")["score"])
+
+
+def plain_recipe(data: Path, out: Path) -> None:
+    """What people write for this, from the libraries' own pieces."""
+    import timm
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+
+    config = load_config(CONFIG)
+    classes = {}
+    for task in ("type", "airline"):
+        with (data / "train.csv").open(encoding="utf-8") as file:
+            classes[task] = sorted({row[f"{task}name"] for row in csv.DictReader(file)} - {""})
+
+    class Pictures(Dataset):  # type: ignore[type-arg]
+        def __init__(self, split: str) -> None:
+            with (data / f"{split}.csv").open(encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
+            self.folder = data / split
+            means = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            self.transform = Compose([Resize((SIZE, SIZE)), ToTensor(), Normalize(*means)])
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, index: int) -> Any:
+            row = self.rows[index]
+            labels = {
+                task: names.index(row[f"{task}name"]) if row[f"{task}name"] else -1 for task, names in classes.items()
+            }
+            scores = {task: float(row[task]) if row[task] else math.nan for task in ("clarity", "block")}
+            image = Image.open(self.folder / row["filename"]).convert("RGB")
+            return self.transform(image), labels | scores
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+
+            def backbone(branch: Any) -> Any:
+                kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.kwargs.items()}
+                size = {"img_size": SIZE} if "swin" in branch.name else {}
+                return timm.create_model(branch.name, pretrained=False, num_classes=0, **size, **kwargs)
+
+            self.cnn, self.transformer = backbone(config.model.cnn), backbone(config.model.transformer)
+            width = self.cnn.num_features + self.transformer.num_features
+            heads = {f"{task}_head": nn.Linear(width, len(names)) for task, names in classes.items()}
+            for task in ("clarity", "block"):
+                heads[f"{task}_head"] = nn.Sequential(  # type: ignore[assignment]
+                    nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid()
+                )
+            self.heads = nn.ModuleDict(heads)
+            self.dropout = nn.Dropout(config.model.dropout)
+
+        def forward(self, images: Any) -> dict[str, Any]:
+            fused = self.dropout(torch.cat([self.cnn(images), self.transformer(images)], 1))
+            return {name.removesuffix("_head"): head(fused) for name, head in self.heads.items()}
+
+    def loss_of(outputs: dict[str, Any], labels: dict[str, Any]) -> Any:
+        total = 0.0
+        for task, output in outputs.items():
+            if task in classes:
+                part = F.cross_entropy(output, labels[task], ignore_index=-1)
+            else:
+                target = labels[task].float()
+                known = ~torch.isnan(target)
+                part = F.smooth_l1_loss(output.squeeze(1)[known], target[known])
+            total = total + config.tasks[task].weight * torch.nan_to_num(part)
+        return total
+
+    @torch.no_grad()
+    def score(model: Any, loader: Any) -> float:
+        model.eval()
+        right = dict.fromkeys(("type", "airline", "clarity", "block"), 0.0)
+        count = dict.fromkeys(right, 0)
+        for images, labels in loader:
+            for task, output in model(images).items():
+                if task in classes:
+                    known = labels[task] >= 0
+                    right[task] += float((output.argmax(1) == labels[task])[known].sum())
+                else:
+                    target = labels[task].float()
+                    known = ~torch.isnan(target)
+                    right[task] += float((1 - (output.squeeze(1) - target).abs())[known].sum())
+                count[task] += int(known.sum())
+        shares = {"type": 0.5, "airline": 0.2, "clarity": 0.15, "block": 0.15}
+        return sum(share * right[task] / count[task] for task, share in shares.items())
+
+    torch.manual_seed(0)
+    train = DataLoader(Pictures("train"), BATCH, shuffle=True, num_workers=2)
+    val = DataLoader(Pictures("val"), BATCH, num_workers=2)
+    model, best = Pair(), 0.0
+    for phase, epochs in EPOCHS.items():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.split(".")[0] in TRAINS[phase]
+        optimizer = torch.optim.AdamW(
+            (p for p in model.parameters() if p.requires_grad), lr=RATES[phase], weight_decay=0.05
+        )
+        steps = epochs * len(train)
+        warm = max(1, round(0.05 * steps))
+
+        def shape(step: int, warm: int = warm, steps: int = steps) -> float:
+            return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+        best = 0.0
+        for epoch in range(epochs):
+            model.train()
+            for images, labels in train:
+                optimizer.zero_grad()
+                loss = loss_of(model(images), labels)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+            best = max(best, score(model, val))
+            state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**state, "scheduler": scheduler.state_dict()}, out / "last.pth")
+    (out / "score.json").write_text(json.dumps({"score": best}), encoding="utf-8")
+
+
+def folders_by_class(data: Path, out: Path) -> int:
+    """The pictures with a type as both peers want them: split/TYPE/TYPE_N.jpg, and all/TYPE_N.jpg; how many types."""
+    from PIL import Image
+
+    types = set()
+    for split in ("train", "val"):
+        with (data / f"{split}.csv").open(encoding="utf-8") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                name = "".join(c if c.isalnum() else "-" for c in row["typename"])
+                if not name:
+                    continue
+                types.add(name)
+                place = out / split / name / f"{name}_{number:05d}.jpg"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                source = data / split / row["filename"]
+                if source.suffix.lower() in (".jpg", ".jpeg"):
+                    shutil.copy(source, place)
+                else:
+                    Image.open(source).convert("RGB").save(place, quality=95)
+                (out / "all").mkdir(exist_ok=True)
+                if split == "train":
+                    shutil.copy(place, out / "all" / place.name)
+    return len(types)
+
+
+def kwargs() -> dict[str, Any]:
+    found = load_config(CONFIG).model.cnn
+    assert found is not None
+    return found.kwargs
+
+
+def timm_epochs(script: Path, folder: Path, types: int, work: Path) -> Callable[[int], float]:
+    """Seconds of timm's train.py for so many epochs: the quickstart's ConvNeXt on the type alone, no augmentation."""
+    literal = [
+        f"{key}={json.dumps(value) if not isinstance(value, str) else repr(value)}" for key, value in kwargs().items()
+    ]
+    literal = [text.replace("true", "True").replace("null", "None") for text in literal]
+
+    def run(epochs: int) -> float:
+        return call(
+            [
+                *(
+                    sys.executable,
+                    str(script),
+                    "--data-dir",
+                    str(folder),
+                    "--train-split",
+                    "train",
+                    "--val-split",
+                    "val",
+                ),
+                *("--model", "convnext_atto", "--num-classes", str(types), "--input-size", "3", str(SIZE), str(SIZE)),
+                *("--epochs", str(epochs), "--warmup-epochs", "0", "--cooldown-epochs", "0", "--sched", "cosine"),
+                *("-b", str(BATCH), "--opt", "adamw", "--lr", "4e-3", "--weight-decay", "0.05", "--clip-grad", "1.0"),
+                *("--no-aug", "--workers", "2", "--device", "cpu", "--output", str(work / "timm")),
+                *("--model-kwargs", *literal),
+            ],
+            work,
+        )
+
+    return run
+
+
+def accelerate_epochs(script: Path, folder: Path, work: Path) -> Callable[[int], float]:
+    """Seconds of Accelerate's example for so many epochs; what its code names is named otherwise, all trains."""
+    text = script.read_text(encoding="utf-8")
+    edits = {
+        'create_model("resnet50d", pretrained=True, num_classes=len(label_to_id))':
+            f'create_model("convnext_atto", num_classes=len(label_to_id), **{kwargs()!r})',
+        "param.requires_grad = False": "param.requires_grad = True",
+        '"batch_size": 64, "image_size": 224': f'"batch_size": {BATCH}, "image_size": {SIZE}',
+        "num_workers=4": "num_workers=2",
+    }  # fmt: skip
+    for old, new in edits.items():
+        if old not in text:
+            sys.exit(f"{script}: there is no {old!r} in it")
+        text = text.replace(old, new)
+
+    def run(epochs: int) -> float:
+        copy = work / "example.py"
+        copy.write_text(text.replace('"num_epochs": 3', f'"num_epochs": {epochs}'), encoding="utf-8")
+        output = ["--output_dir", str(work / "accelerate")]
+        return call(
+            [
+                sys.executable,
+                str(copy),
+                "--data_dir",
+                str(folder / "all"),
+                "--cpu",
+                "--checkpointing_steps",
+                "epoch",
+                *output,
+            ],
+            work,
+        )
+
+    return run
+
+
+def our_epochs(data: Path, work: Path) -> Callable[[int], float]:
+    """Seconds of train.py for so many epochs of the same."""
+
+    def run(epochs: int) -> float:
+        phases = [{"name": "c", "trainable": ["all"], "epochs": epochs, "lr": 4e-3}]
+        task = '{"type": {"kind": "classification", "column": "typename"}}'
+        changes = ["model.transformer=null", f"tasks={task}", "tracking.goals={}"]
+        return ours(data, work, changes, phases)[0]
+
+    return run
+
+
+def ratio(one: list[float], other: list[float]) -> str:
+    """The median of pairs' ratios, with the least and the most."""
+    each = sorted(a / b for a, b in zip(one, other, strict=True))
+    return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+
+
+def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    data = work / "data"
+    sizes = ["--train", str(arguments.train), "--val", str(arguments.val), "--seed", "0", "--workers", "2"]
+    call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(data), *sizes], ROOT)
+    found: dict[str, Any] = {"job": {"ours": [], "plain": []}, "score": {"ours": [], "plain": []}}
+    for turn in range(arguments.repeats):
+        for name, run in (("ours", lambda: ours(data, work, [], job_phases())), ("plain", lambda: plain(data, work))):
+            seconds, score = run()
+            found["job"][name].append(seconds)
+            found["score"][name].append(score)
+            print(f"{turn + 1}: {name} {seconds:.0f} s, val/score {score:.3f}", file=sys.stderr, flush=True)
+    peers: dict[str, Callable[[int], float]] = {"ours": our_epochs(data, work)}
+    types = folders_by_class(data, work / "folders") if arguments.timm or arguments.accelerate else 0
+    if arguments.timm:
+        peers["timm"] = timm_epochs(arguments.timm.resolve(), work / "folders", types, work)
+    if arguments.accelerate:
+        peers["accelerate"] = accelerate_epochs(arguments.accelerate.resolve(), work / "folders", work)
+    found["epoch"] = {name: [] for name in peers} if len(peers) > 1 else {}
+    for _ in range(arguments.repeats if len(peers) > 1 else 0):
+        for name, epochs in peers.items():
+            taken = (epochs(3) - epochs(1)) / 2
+            found["epoch"][name].append(taken)
+            print(f"an epoch of {name}: {taken:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=int, default=3000)
+    parser.add_argument("--val", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--timm", type=Path, metavar="FILE", help="timm's train.py")
+    parser.add_argument("--accelerate", type=Path, metavar="FILE", help="Accelerate's examples/complete_cv_example.py")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plain", nargs=2, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plain is not None:
+        plain_recipe(*arguments.plain)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arguments, Path(folder))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    job, score = found["job"], found["score"]
+    print(f"the job ÷ the plain recipe: {ratio(job['ours'], job['plain'])}, at most {LOW} is wanted")
+    print(f"val/score {statistics.mean(score['ours']):.3f} and {statistics.mean(score['plain']):.3f}")
+    for peer, seconds in found["epoch"].items():
+        if peer != "ours":
+            print(f"an epoch ÷ {peer}'s: {ratio(found['epoch']['ours'], seconds)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
