@@ -8,11 +8,11 @@ import sys
 import traceback
 from typing import NoReturn
 
-from hybrid_dist.again import begin_anew, times
+from hybrid_dist.again import begin_anew, permit, times
 from hybrid_dist.arguments import parse
 from hybrid_dist.errors import UserError
 from hybrid_dist.parent import ends_with_its_launcher
-from hybrid_dist.training.stop import EXIT_STOPPED, Stop
+from hybrid_dist.training.stop import Stop
 
 CRASHED = 1
 AGAIN = -1
@@ -24,8 +24,7 @@ def main() -> int:
     stop = Stop()
     stop.listen()
     try:
-        code = _train(stop)
-        return EXIT_STOPPED if code == AGAIN else code
+        return _train(stop)
     finally:
         stop.close()
 
@@ -87,6 +86,7 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    permit()
     listening = Stop()
     listening.listen()
     result = _train(listening)

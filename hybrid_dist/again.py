@@ -15,6 +15,20 @@ _FAR = 1000
 """So much further on are the launcher's keys for each new beginning: it may count attempts of its own."""
 
 
+_permitted = False
+
+
+def permit() -> None:
+    """This process is a command's own: it may begin anew."""
+    global _permitted
+    _permitted = True
+
+
+def permitted() -> bool:
+    """Whether it may; a test or a notebook that runs a training within itself would be lost."""
+    return _permitted
+
+
 def times() -> int:
     """How often this process has begun anew."""
     return int(os.environ.get(_COUNT, "0"))

@@ -8,6 +8,7 @@ of each which view of which row it is, and is written after it. An entry that wa
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from hybrid_dist.errors import UserError
 
-INDEX = np.dtype([("row", "<i8"), ("view", "<i8")])
+INDEX = np.dtype([("row", "<i8"), ("view", "<i8"), ("made", "<i8")])
+"""`made`: when, in nanoseconds."""
 _CODES = {2: (torch.int16, "<i2"), 4: (torch.int32, "<i4"), 8: (torch.int64, "<i8")}
 """By bytes of a number: as what its bits are kept. NumPy has no bfloat16."""
 _SUM = 8
@@ -112,7 +114,7 @@ class Log:
         for place in range(len(records)):
             records["sum"][place] = _sum(records[place : place + 1].tobytes())
         index = np.empty(len(records), INDEX)
-        index["row"], index["view"] = records["row"], records["view"]
+        index["row"], index["view"], index["made"] = records["row"], records["view"], time.time_ns()
         try:
             for handle, size, values in zip(self._handles, self._sizes(), (records, index), strict=True):
                 _write(handle, values.tobytes(), self.count * size)
@@ -159,7 +161,7 @@ class Stored:
     def look(self, names: Iterable[str]) -> None:
         """See what is there by now. Of two entries for one view of a row the later counts: the first was torn."""
         self.close()
-        where = np.full((self.views, self.rows), -1, np.int64)
+        where, made = (np.full((self.views, self.rows), -1, np.int64) for _ in range(2))
         self._files = [self.folder / f"{name}.entries" for name in sorted(names)]
         for number, path in enumerate(self._files):
             try:
@@ -170,7 +172,9 @@ class Stored:
             there = (index["row"] >= 0) & (index["row"] < self.rows) & (index["view"] >= 0)
             there &= index["view"] < self.views
             slots = np.flatnonzero(there)
-            where[index["view"][slots], index["row"][slots]] = slots + (number << _SLOTS)
+            slots = slots[index["made"][slots] > made[index["view"][slots], index["row"][slots]]]
+            place = index["view"][slots], index["row"][slots]
+            where[place], made[place] = slots + (number << _SLOTS), index["made"][slots]
         self._where = where
 
     def count(self) -> int:

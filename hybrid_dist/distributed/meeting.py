@@ -117,7 +117,8 @@ def starting_point() -> dict[str, Any]:
     """
     if times() == 0:
         return {}
-    store = dist.PrefixStore(f"begun-anew/{times()}", _KEPT[-1])  # type: ignore[attr-defined]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"begun-anew/{attempt}", _KEPT[-1])  # type: ignore[attr-defined]
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 

@@ -60,6 +60,10 @@ class Noise:
 
     def attach(self, model: nn.Module) -> None:
         """Put the layers of `model` that drop anything on this."""
+        for module in model.modules():
+            # Fused attention would draw its dropout itself, for all of the micro batch.
+            if getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0:
+                module.fused_attn = False  # type: ignore[assignment]
         depths: list[tuple[int, float]] = []
         for parent, child, name in list(_droppers(model)):
             module, salt = getattr(parent, child), _salt(name)

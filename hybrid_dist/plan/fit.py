@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid_dist.config import Config
-from hybrid_dist.errors import UserError
 from hybrid_dist.plan.answer import Row
 from hybrid_dist.plan.choose import Planner
 from hybrid_dist.plan.split import look
@@ -70,19 +69,19 @@ def _any(planner: Planner, tried: list[Strategy], sizes: list[int]) -> Fit:
 
 def largest(
     config: Config, classes: dict[str, int], processes: int, memory: int, device: str, strategy: Strategy
-) -> int | None:
-    """The largest micro batch with which all phases fit; None: none, or the plan can't tell.
+) -> int:
+    """The largest micro batch with which all phases fit; 0: none.
 
     Args:
         classes: Labels of each classification task.
         memory: Bytes for each process.
         device: `cuda` or `cpu`.
+
+    Raises:
+        UserError: what the model does can't be planned.
     """
-    try:
-        planner = Planner(config, classes, processes, memory, device)
-        return next((size for size in planner.micro_batches() if _worst(planner, strategy, size).fits), None)
-    except UserError:
-        return None
+    planner = Planner(config, classes, processes, memory, device)
+    return next((size for size in planner.micro_batches() if _worst(planner, strategy, size).fits), 0)
 
 
 def _worst(planner: Planner, strategy: Strategy, micro_batch: int) -> Row:

@@ -119,6 +119,8 @@ class Pixels:
     """A phase that keeps nothing: all branches run, always."""
 
     views: int | None = None
+    filling = True
+    """All branches run."""
 
     def __init__(self, folder: Path):
         """`folder`: the run's."""
@@ -208,6 +210,7 @@ class FrozenFeatures(Pixels):
         self.stored = Stored(place, entry, self.turns, len(job.train_table))
         self.log = Log(place, f"{self.topology.rank:05d}", entry)
         self.filling = True
+        self._kept: set[tuple[int, int]] = set()
         self._problem: str | None = None
         self._failure: Exception | None = None
         self._waiting: queue.Queue[_Given | None] = queue.Queue(AT_ONCE)
@@ -222,7 +225,12 @@ class FrozenFeatures(Pixels):
         with contextlib.suppress(OSError):  # it is there for other processes; after a power cut its sums tell
             self.log.sync()
         control = self.topology.control
-        control.barrier()
+        problems = [problem for problem in control.to_all(self._problem) if problem]
+        if problems:
+            self.job.terminal.say(
+                f"warning: {problems[0]}; features are kept no longer there: what is missing is computed each time"
+            )
+            self._problem = self._problem and ""  # said; and nothing is written any more
         names = control.from_main([path.stem for path in self.stored.folder.glob("*.index")])
         self.stored.look(names)
         left = control.from_main(self.turns * self.stored.rows - self.stored.count())
@@ -253,13 +261,15 @@ class FrozenFeatures(Pixels):
         view = step // self.per_epoch % self.turns
         for batch, features in zip(batches, given, strict=True):
             if features and batch.known is not None and bool(batch.known.missing.any()):
+                # Without its pixels, which would wait in the loaders' shared memory.
+                batch = replace(batch, images=batch.images.new_empty(0))
                 self._waiting.put(_Given(batch, view, *_to_host(features, self.tokens)))
 
     def _write(self) -> None:
         while (given := self._waiting.get()) is not None:
             try:
                 if self._problem is None and self._failure is None:
-                    self.log.append(given.entries(self.entry))
+                    self._append(given.entries(self.entry))
             except OSError as error:
                 self._problem = f"{self.stored.folder}: {error.strerror}"
             except Exception as error:
@@ -268,15 +278,18 @@ class FrozenFeatures(Pixels):
                 del given
                 self._waiting.task_done()
 
+    def _append(self, records: np.ndarray) -> None:
+        """Each view once: where a torn one is found in every turn, what was made anew counts from the next look on."""
+        if not self.filling:
+            keys = list(zip(records["view"].tolist(), records["row"].tolist(), strict=True))
+            records = records[[place for place, key in enumerate(keys) if key not in self._kept]]
+            self._kept.update(keys)
+        self.log.append(records)
+
     def flush(self) -> None:
         self._waiting.join()
         if self._failure is not None:
             raise self._failure
-        if self._problem:
-            self.job.terminal.say(
-                f"warning: {self._problem}; features are kept no longer: what is missing is computed each time"
-            )
-            self._problem = ""  # said; and nothing is written any more
 
     def close(self) -> None:
         self.model.remembers, self.model.remembered = False, []

@@ -299,7 +299,7 @@ class PhaseLoop:
             values["perf/images_per_s"] = speed
             values["perf/images_per_s_per_gpu"] = speed / self.topology.world_size
             utilisation = self.job.utilisation.of(self.phase.name, speed)
-            if utilisation is not None:
+            if utilisation is not None and self.frozen.filling:  # it counts what frozen branches do
                 values["perf/mfu"] = utilisation
             values["perf/data_wait"] = self._waited / self._worked
         values["perf/peak_memory_gb"] = peak_memory_gb(self.topology.device)

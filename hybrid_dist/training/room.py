@@ -24,13 +24,15 @@ from hybrid_dist.config import Config
 from hybrid_dist.data.order import check_divides
 from hybrid_dist.distributed import Topology
 from hybrid_dist.errors import UserError
-from hybrid_dist.files import read_lines
+from hybrid_dist.files import append_line, read_lines
 from hybrid_dist.machine import available_memory
 from hybrid_dist.training.state import TrainState
 
 RECORD = "out_of_memory.jsonl"
 LOOK = 1.0
-"""Seconds between two looks whether another rank has run out of memory."""
+"""Seconds between two looks whether another rank has run out of memory,"""
+NEWS = 15.0
+"""and for how long an error waits for such news: a network disk shows others' lines late."""
 
 
 class Again(Exception):
@@ -45,6 +47,8 @@ class Limits:
     """Bytes, of the process that has least."""
     failed: int | None
     """The smallest micro batch that was too much for such a topology before."""
+    start: str
+    """Of this start of the ranks alone: notes of others are no news."""
 
 
 def look(config: Config, topology: Topology, fresh: bool) -> Limits:
@@ -53,13 +57,15 @@ def look(config: Config, topology: Topology, fresh: bool) -> Limits:
     Args:
         fresh: The run's folder, and so what stands there, is not this run's.
     """
+    if config.train.micro_batch_size != "auto":
+        return Limits(0, None, "")
     failed = None
     if topology.is_main and not fresh:
-        kind = _kind(topology)
+        kind = _kind(config, topology)
         before = [line["micro_batch"] for line in read_lines(config.folder / RECORD) if line.get("on") == kind]
         failed = min(before, default=None)
     memory = min(topology.control.to_all(_memory(topology)))
-    return Limits(memory, topology.control.from_main(failed))
+    return Limits(memory, *topology.control.from_main((failed, f"{time.time_ns():x}")))
 
 
 def _memory(topology: Topology) -> int:
@@ -68,10 +74,11 @@ def _memory(topology: Topology) -> int:
     return available_memory() // topology.local_world_size
 
 
-def _kind(topology: Topology) -> str:
-    device = topology.device
+def _kind(config: Config, topology: Topology) -> str:
+    """What a micro batch that is too much is too much for."""
+    device, again = topology.device, config.train.checkpoint_activations
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{topology.label}, {name}"
+    return f"{topology.label}, {name}" + (f", recomputing {' and '.join(sorted(again))}" if again else "")
 
 
 def choose(
@@ -91,12 +98,19 @@ def choose(
     most = share if limits.failed is None else limits.failed // 2
     sizes = [size for size in range(share, 0, -1) if share % size == 0 and size <= most]
     if not sizes:
-        raise UserError(f"{config.folder / RECORD}: a micro batch of 1 was too much for {topology.label}. {_WOULD_DO}")
+        record = config.folder / RECORD
+        raise UserError(
+            f"{record}: a micro batch of 1 was too much for {topology.label}. {_WOULD_DO}; if others took the memory"
+            " then, remove that file"
+        )
     recompute = bool(config.train.checkpoint_activations)
     strategy = strategy_of(topology.zero, topology.world_size, topology.device.type, recompute)
-    planned = largest(config, classes, topology.world_size, limits.memory, topology.device.type, strategy)
-    found = next((size for size in sizes if planned is not None and size <= planned), sizes[-1])
-    why = f"by the plan, for {limits.memory / 1e9:.1f} GB" if planned is not None else "though by the plan none fits"
+    try:
+        planned = largest(config, classes, topology.world_size, limits.memory, topology.device.type, strategy)
+        why = f"by the plan, for {limits.memory / 1e9:.1f} GB" if planned else "though by the plan none fits"
+    except UserError as error:
+        planned, why = share, f"the plan can't tell: {error}"
+    found = next((size for size in sizes if size <= planned), sizes[-1])
     if limits.failed is not None:
         why += f"; memory was too small for {limits.failed}"
     say(f"train.micro_batch_size: auto takes {found} ({why})")
@@ -112,16 +126,20 @@ _WOULD_DO = (
 class Room:
     """Looks out for a want of memory, on this rank and, where the micro batch is `auto`, on others."""
 
-    def __init__(self, config: Config, topology: Topology, micro_batch: int):
-        self.config, self.topology, self.micro_batch = config, topology, micro_batch
+    def __init__(self, config: Config, topology: Topology, micro_batch: int, start: str):
+        """`start`: as in `Limits`."""
+        self.config, self.topology, self.micro_batch, self._start = config, topology, micro_batch, start
         self.auto = config.train.micro_batch_size == "auto"
         self.record = config.folder / RECORD
         self._closing = threading.Event()
+        self._news = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, ended: Callable[[str], None]) -> None:
         """From now on another rank's note is seen, wherever this one is; `ended` is told why this process ends."""
-        if self.auto and self.topology.world_size > 1:
+        if self.auto and self.topology.world_size > 1 and again.permitted():
+            if self.topology.is_main:  # a network disk may remember for half a minute that a file is not there
+                append_line(self.record, "")
             self._thread = threading.Thread(target=self._look, args=(ended,), daemon=True, name="room")
             self._thread.start()
 
@@ -153,7 +171,8 @@ class Room:
             smaller = "train.micro_batch_size: auto, or a smaller one" if size > 1 else "a larger GPU"
             raise UserError(f"{text}. {smaller}, would do. {_WOULD_DO}") from None
         self.close()
-        note = {"begun_anew": again.times(), "micro_batch": size, "on": _kind(topology), "rank": topology.rank}
+        note = {"start": self._start, "begun_anew": again.times(), "micro_batch": size}
+        note |= {"on": _kind(self.config, topology), "rank": topology.rank}
         try:
             with self.record.open("a", encoding="utf-8") as file:  # in one write: other ranks may add theirs
                 file.write(json.dumps({**note, "where": where, "time": time.time()}) + "\n")
@@ -161,18 +180,21 @@ class Room:
             raise UserError(f"{text}, and {self.record} can't be written: {error.strerror}") from None
         if size == 1:
             raise UserError(f"{text}. {_WOULD_DO}") from None
+        if not again.permitted():
+            raise UserError(f"{text}; the next start takes half of it") from None
         print(f"train.py: {text}; all ranks begin anew with half of it", file=sys.stderr, flush=True)
         raise Again(text) from None
 
     def wait_for_news(self) -> None:
         """An error may be the echo of a rank that has run out of memory and begun anew: then so does this one."""
-        if self._thread is not None and not self._closing.is_set():
-            self._thread.join(3 * LOOK)
+        if self._thread is not None and not self._closing.is_set() and self._news.wait(NEWS):
+            self._thread.join()  # it takes leave of those who watch, and this process with it
 
     def _look(self, ended: Callable[[str], None]) -> None:
         while not self._closing.wait(LOOK):
-            notes = [line for line in read_lines(self.record) if line.get("begun_anew") == again.times()]
+            notes = [line for line in read_lines(self.record) if line.get("start") == self._start]
             if notes and not self._closing.is_set():
+                self._news.set()
                 ended(f"rank {notes[0].get('rank')} ran out of memory")
                 again.begin_anew()
 

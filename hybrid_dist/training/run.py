@@ -244,9 +244,13 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
 
 
 def _begins_anew(job: Job, reason: str) -> None:
-    """To those who watch it is a stop that somebody has gone on from."""
+    """To those who watch it is a stop that somebody goes on from; if one was asked for, nobody does."""
     job.sinks.ended("stopped", reason)
     job.sinks.close()
+    if job.stop.requested():
+        job.stop.done(job.terminal.say)
+        job.terminal.say(f"stopped ({job.stop.reason}); the same command goes on from the newest checkpoint")
+        os._exit(EXIT_STOPPED)
 
 
 def _at_rank(topology: Topology, reason: str) -> str:
@@ -293,7 +297,7 @@ def prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> J
         accumulation=check_divides(train.global_batch_size, micro_batch, topology.world_size), class_maps=class_maps,
         tasks=make_tasks(config.tasks, classes, counts), train_table=train_table, val_table=val_table, packed={},
         store=store, saver=_saver(config, topology, store, watch, terminal),
-        room=Room(config, topology, micro_batch), lock=RunLock(config.folder, terminal.say), stop=stop,
+        room=Room(config, topology, micro_batch, limits.start), lock=RunLock(config.folder, terminal.say), stop=stop,
         watch=watch, utilisation=Utilisation(config, sizes, topology, terminal.say), status=status, terminal=terminal,
         sinks=sinks,
     )  # fmt: skip

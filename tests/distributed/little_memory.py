@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import hybrid_dist.training.run  # noqa: F401 (for the memory that it takes)
+from hybrid_dist.training import room
 
 MB = 1 << 20
 
@@ -26,4 +27,5 @@ if __name__ == "__main__":
     more = sys.argv.pop(1).split(",")
     own = int(more[int(os.environ.get("RANK", "0")) % len(more)])
     resource.setrlimit(resource.RLIMIT_DATA, (taken() + own * MB, resource.RLIM_INFINITY))
+    room._memory = lambda topology: 10**11  # whatever else the machine does, the plan is to be too hopeful
     runpy.run_path(str(Path(__file__).parent.parent.parent / "train.py"), run_name="__main__")

@@ -124,7 +124,7 @@ def expect_tidy(run: Path) -> None:
     assert steps == list(range(1, 25))
 
 
-@pytest.mark.parametrize("config_file", STAGES)
+@pytest.mark.parametrize("config_file", ["zero3"])  # both stages in the hundred below
 def test_killed_at_random_moments(config_file: str, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: anything that a SIGKILL leaves half done and the next start takes for whole, loses, or does twice."""
     hit = campaign(tiny_data, tmp_path, config_file, rounds=1, seed=int(os.environ.get("KILL_SEED", "0")))

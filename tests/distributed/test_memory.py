@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from hybrid_dist.files import read_object
-from tests.conftest import launch, read_lines, tiny_values
+from hybrid_dist.files import read_lines, read_object
+from tests.conftest import launch, tiny_values
+from tests.distributed.running import run_here
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that begins with an empty one."""
+    return list(read_lines(path))
+
 
 LITTLE = "tests/distributed/little_memory.py"
 
@@ -40,25 +48,28 @@ def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("name", "config_file", "megabytes"),
     [
         pytest.param("one", None, "600", marks=pytest.mark.slow),  # the other has all that this one has
-        ("ZeRO 3, rank 1 alone", "zero3", "100000,900"),
+        ("ZeRO 3, rank 1 alone", "zero3", "100000,600"),
     ],
 )
 def test_halved_until_it_fits(
     name: str, config_file: str | None, megabytes: str, reference: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Catches: ranks that wait for the one that has run out, a start that finds what the last one has left, another
-    trajectory with another micro batch, one that is tried for ever."""
+    """Catches: ranks that wait for the one that has run out, a start that finds what the last one has left or obeys an
+    old note, another trajectory with another micro batch, one that is tried for ever."""
     config = write(tiny_data, tmp_path / "auto", "auto")
+    run = run_here(config, "--phase", "a")
+    old = {"start": "another", "begun_anew": 0, "micro_batch": 48, "on": "other GPUs", "rank": 1}
+    (run / "out_of_memory.jsonl").write_text(json.dumps(old) + "\n")
     done = launch(megabytes, "--config", str(config), script=LITTLE, config_file=config_file)
-    run = tmp_path / "auto" / "runs" / "tiny"
     assert read_object(run / "status.json")["state"] == "finished"
-    tried = read_lines(run / "out_of_memory.jsonl")
+    tried = [line for line in lines(run / "out_of_memory.jsonl") if line["start"] != "another"]
+    assert len(tried) + 2 == len(lines(run / "starts.jsonl")), "an old note is no news"
     sizes = [line["micro_batch"] for line in tried]
     assert sizes and sizes == [48 // (1 if config_file is None else 2) >> halved for halved in range(len(sizes))]
     assert [line["begun_anew"] for line in tried] == list(range(len(sizes)))
     assert {line["rank"] for line in tried} == {0 if config_file is None else 1}
     assert f"auto takes {sizes[-1] // 2} (" in done.stderr
-    want, have = read_lines(reference / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    want, have = lines(reference / "trace.jsonl"), lines(run / "trace.jsonl")
     assert [(line["step"], line["digest"]) for line in have] == [(line["step"], line["digest"]) for line in want]
     for line, wanted in zip(have, want, strict=True):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-5), line["step"]
