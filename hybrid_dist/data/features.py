@@ -170,7 +170,7 @@ class Stored:
                 continue
             index = np.frombuffer(raw, INDEX, count=len(raw) // INDEX.itemsize)
             there = (index["row"] >= 0) & (index["row"] < self.rows) & (index["view"] >= 0)
-            there &= index["view"] < self.views
+            there &= (index["view"] < self.views) & (index["made"] > 0)  # zeros: a page that never came to the disk
             slots = np.flatnonzero(there)
             slots = slots[index["made"][slots] > made[index["view"][slots], index["row"][slots]]]
             place = index["view"][slots], index["row"][slots]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_dist.data.features import Entry, FeatureTensors, Log, Stored, entry_of
+from hybrid_dist.data.features import INDEX, Entry, FeatureTensors, Log, Stored, entry_of
 from tests.conftest import fill
 
 VIEWS, ROWS = 2, 9
@@ -92,10 +92,17 @@ def test_what_is_torn_is_missing(tmp_path: Path, small_disk: Path) -> None:
     raw, said = bytearray(entries.read_bytes()), index.read_bytes()
     raw[log.size + 40] ^= 1
     entries.write_bytes(raw)
-    index.write_bytes(said[:32] + bytes(16) + said[48:])  # a page that never came to the disk: view 0 of row 0
-    assert found_in(stored(tmp_path, entry), 0)[0] == [3]
+    one = INDEX.itemsize
+    index.write_bytes(said[: 2 * one] + bytes(one) + said[3 * one :])  # a page that never came to the disk
+    assert found_in(stored(tmp_path, entry), 0)[0] == [0, 3]
+    other = Log(tmp_path, "00000-before-it-by-name", entry)
+    other.append(records(entry, features, [1], 0))
+    other.close()
+    assert found_in(stored(tmp_path, entry), 0)[0] == [0, 1, 3], "the later one counts, whoever has made it"
+    for path in tmp_path.glob("*before*"):
+        path.unlink()
     entries.write_bytes(raw[: 3 * log.size + 9])
-    assert found_in(stored(tmp_path, entry), 0)[0] == []
+    assert found_in(stored(tmp_path, entry), 0)[0] == [0]
     log = Log(tmp_path, "00000", entry)
     assert log.count == 3, "half an entry is cut off"
     log.append(records(entry, features, [0, 1], 0))
