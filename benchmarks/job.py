@@ -1,13 +1,14 @@
 """The whole job beside the plain recipe, and an epoch beside what people use now: ratios of wall-clock time.
 
-    python benchmarks/job.py [--train 3000] [--repeats 3] [--timm FILE] [--accelerate FILE] [--json FILE]
+    python benchmarks/job.py [--config FILE] [--batch 32] [--train 3000] [--val 400] [--repeats 3]
+                             [--timm FILE] [--accelerate FILE] [--json FILE]
 
-The three phases of the quickstart's pair on the same rendered pictures, for the same epochs, as two whole commands by
-turns: `train.py`, and the plain recipe that a script for this would be: one process, fp32, PIL and torchvision,
-everything in the graph, AdamW with a cosine, a full torch.save each epoch. Then one task and one backbone: an epoch of
-`train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py (`--accelerate`). Those are the
-projects' own files, run as they are, but that the second has its model, sizes and epochs in its code. An epoch is half
-of the difference between a run of three and one of one.
+The three phases of a config's pair, from random weights, on the same rendered pictures, for the same epochs, as two
+whole commands by turns: `train.py`, and the plain recipe that a script for this would be: one process, fp32, PIL and
+torchvision, everything in the graph, AdamW with a cosine, a full torch.save each epoch. Then one task and one backbone:
+an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py (`--accelerate`). Those
+are the projects' own files, run as they are, but that the second has its model, sizes and epochs in its code. An epoch
+is half of the difference between a run of three and one of one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ EPOCHS = {"a": 2, "b": 2, "c": 4}
 RATES = {"a": 2e-3, "b": 2e-3, "c": 4e-3}
 TRAINS = {"a": ("heads",), "b": ("heads", "transformer"), "c": ("heads", "transformer", "cnn")}
 BATCH, SIZE = 32, 96
+"""Of the quickstart, and of the peers."""
 LOW = 0.45
 """What the job may take of the plain recipe's time."""
 
@@ -60,23 +63,37 @@ def places(data: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]]) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Pair:
+    """What is trained: a config's file, and pictures a step."""
+
+    config: Path = CONFIG
+    batch: int = BATCH
+
+
+def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]], pair: Pair) -> tuple[float, float]:
     """Seconds, and the last phase's best val/score."""
     shutil.rmtree(work / "runs", ignore_errors=True)
     keys = [
         *places(data),
         f"run.dir={work / 'runs'}",
+        "run.name=job",
         "tracking.report=false",
+        f"train.global_batch_size={pair.batch}",
+        f"train.micro_batch_size={pair.batch}",
+        "model.allow_scratch=true",
+        "data.augment=false",
+        *(f"model.{part}.weights=scratch" for part in ("cnn", "transformer") if f"model.{part}=null" not in changes),
         f"phases={json.dumps(phases)}",
         *changes,
     ]
-    taken = call([sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG), *keys], ROOT, os.cpu_count())
-    best = read_object(work / "runs" / "quickstart" / f"phase_{phases[-1]['name']}" / "best.json")
+    taken = call([sys.executable, str(ROOT / "train.py"), "--config", str(pair.config), *keys], ROOT, os.cpu_count())
+    best = read_object(work / "runs" / "job" / f"phase_{phases[-1]['name']}" / "best.json")
     return taken, float(best["metrics"]["val/score"])
 
 
 def job_phases() -> list[dict[str, Any]]:
-    """The quickstart does not augment, so a picture has one view, for which a frozen branch gives the same always."""
+    """Nothing is augmented, so a picture has one view, for which a frozen branch gives the same always."""
     kept = {"a": 1, "b": 1, "c": None}
     names = {"a": ["heads", "fusion"], "b": ["heads", "fusion", "transformer"], "c": ["all"]}
     return [
@@ -91,16 +108,16 @@ def job_phases() -> list[dict[str, Any]]:
     ]
 
 
-def plain(data: Path, work: Path) -> tuple[float, float]:
+def plain(data: Path, work: Path, pair: Pair) -> tuple[float, float]:
     """The plain recipe in a process of its own; as `ours`."""
     out = work / "plain"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    taken = call([sys.executable, __file__, "--plain", str(data), str(out)], ROOT)
+    taken = call([sys.executable, __file__, "--plain", str(data), str(out), str(pair.config), str(pair.batch)], ROOT)
     return taken, float(read_object(out / "score.json")["score"])
 
 
-def plain_recipe(data: Path, out: Path) -> None:
+def plain_recipe(data: Path, out: Path, file: str, batch: int) -> None:
     """What people write for this, from the libraries' own pieces."""
     import timm
     import torch
@@ -110,7 +127,8 @@ def plain_recipe(data: Path, out: Path) -> None:
     from torch.utils.data import DataLoader, Dataset
     from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-    config = load_config(CONFIG)
+    config = load_config(file)
+    square = (config.data.image_size, config.data.image_size)
     classes = {}
     for task in ("type", "airline"):
         with (data / "train.csv").open(encoding="utf-8") as file:
@@ -122,7 +140,7 @@ def plain_recipe(data: Path, out: Path) -> None:
                 self.rows = list(csv.DictReader(file))
             self.folder = data / split
             means = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-            self.transform = Compose([Resize((SIZE, SIZE)), ToTensor(), Normalize(*means)])
+            self.transform = Compose([Resize(square), ToTensor(), Normalize(*means)])
 
         def __len__(self) -> int:
             return len(self.rows)
@@ -136,13 +154,13 @@ def plain_recipe(data: Path, out: Path) -> None:
             image = Image.open(self.folder / row["filename"]).convert("RGB")
             return self.transform(image), labels | scores
 
-    class Pair(nn.Module):
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
 
             def backbone(branch: Any) -> Any:
                 kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.kwargs.items()}
-                size = {"img_size": SIZE} if "swin" in branch.name else {}
+                size = {"img_size": square[0]} if "swin" in branch.name else {}
                 return timm.create_model(branch.name, pretrained=False, num_classes=0, **size, **kwargs)
 
             self.cnn, self.transformer = backbone(config.model.cnn), backbone(config.model.transformer)
@@ -190,9 +208,9 @@ def plain_recipe(data: Path, out: Path) -> None:
         return sum(share * right[task] / count[task] for task, share in shares.items())
 
     torch.manual_seed(0)
-    train = DataLoader(Pictures("train"), BATCH, shuffle=True, num_workers=2)
-    val = DataLoader(Pictures("val"), BATCH, num_workers=2)
-    model, best = Pair(), 0.0
+    train = DataLoader(Pictures("train"), batch, shuffle=True, num_workers=2)
+    val = DataLoader(Pictures("val"), batch, num_workers=2)
+    model, best = Net(), 0.0
     for phase, epochs in EPOCHS.items():
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.split(".")[0] in TRAINS[phase]
@@ -328,7 +346,7 @@ def our_epochs(data: Path, work: Path) -> Callable[[int], float]:
         phases = [{"name": "c", "trainable": ["all"], "epochs": epochs, "lr": 4e-3}]
         task = '{"type": {"kind": "classification", "column": "typename"}}'
         changes = ["model.transformer=null", f"tasks={task}", "tracking.goals={}"]
-        return ours(data, work, changes, phases)[0]
+        return ours(data, work, changes, phases, Pair())[0]
 
     return run
 
@@ -343,9 +361,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     data = work / "data"
     sizes = ["--train", str(arguments.train), "--val", str(arguments.val), "--seed", "0", "--workers", "2"]
     call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(data), *sizes], ROOT)
+    pair = Pair(arguments.config.resolve(), arguments.batch)
     found: dict[str, Any] = {"job": {"ours": [], "plain": []}, "score": {"ours": [], "plain": []}}
     for turn in range(arguments.repeats):
-        for name, run in (("ours", lambda: ours(data, work, [], job_phases())), ("plain", lambda: plain(data, work))):
+        both = {"ours": lambda: ours(data, work, [], job_phases(), pair), "plain": lambda: plain(data, work, pair)}
+        for name, run in both.items():
             seconds, score = run()
             found["job"][name].append(seconds)
             found["score"][name].append(score)
@@ -368,16 +388,19 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 def main() -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--val", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timm", type=Path, metavar="FILE", help="timm's train.py")
     parser.add_argument("--accelerate", type=Path, metavar="FILE", help="Accelerate's examples/complete_cv_example.py")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plain", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain is not None:
-        plain_recipe(*arguments.plain)
+        data, out, file, batch = arguments.plain
+        plain_recipe(Path(data), Path(out), file, int(batch))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))
