@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_dist.bench.launched import run_module
+from hybrid_dist.bench.synthetic import CLASSES, synthetic_batch
 from hybrid_dist.config import Config, load_config
 from hybrid_dist.errors import UserError
 
 if TYPE_CHECKING:
     from hybrid_dist.checkpoint import Saver
     from hybrid_dist.distributed import Engine, Topology
-
-CLASSES = 100
-"""Of each classification task: no data is read here, and heads are small beside everything else."""
 
 
 def bench(config: str, overrides: Sequence[str], launch: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -101,19 +99,11 @@ def measure(config: Config, topology: Topology, repeats: int, folder: Path) -> d
 
 def _one_step(engine: Engine, topology: Topology, config: Config, tasks: Any) -> None:
     """The optimizer has state only after a first step."""
-    import torch
-
-    from hybrid_dist.data.dataset import Batch
     from hybrid_dist.training.objective import Objective
     from hybrid_dist.training.step import train_step
 
-    size, micro = config.final_size, config.train.micro_batch(1)
-    images = torch.randint(0, 255, (micro, 3, size, size), dtype=torch.uint8)
-    labels = {
-        name: torch.zeros(micro, dtype=torch.int64) if task.kind == "classification" else torch.full((micro,), 0.5)
-        for name, task in config.tasks.items()
-    }
-    batch = Batch(images, labels, torch.arange(micro))
+    micro = config.train.micro_batch(1)
+    batch = synthetic_batch(config, config.final_size, micro, pin=False)
     counts = {task.name: micro * topology.world_size for task in tasks}
     engine.set_lr(1e-6)
     train_step(engine, Objective(tasks), [batch], counts, 0, topology.device, lambda doing: None)

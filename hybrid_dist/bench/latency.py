@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_dist.bench.checkpoint import CLASSES
+from hybrid_dist.bench.synthetic import CLASSES
 from hybrid_dist.config import load_config
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.pictures import decode_picture

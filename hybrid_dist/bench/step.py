@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_dist.bench.checkpoint import CLASSES
 from hybrid_dist.bench.launched import run_module
+from hybrid_dist.bench.synthetic import CLASSES, synthetic_batch
 from hybrid_dist.config import Config, PhaseConfig, load_config
 from hybrid_dist.errors import UserError
 
@@ -136,7 +136,8 @@ def _times(
     engine = make_engine(topology, model, groups, config.train, micro, accumulation)
     del model
     try:
-        step = _stepper(engine, topology, config, [_batch(config, phase, topology, micro)] * accumulation)
+        batch = synthetic_batch(config, config.size(phase), micro, pin=topology.device.type == "cuda")
+        step = _stepper(engine, topology, config, [batch] * accumulation)
         for _ in range(WARM_UP):
             step()
         times = []
@@ -182,23 +183,6 @@ def _waiting(topology: Topology) -> Callable[[], None]:
 
     device = topology.device
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
-
-
-def _batch(config: Config, phase: PhaseConfig, topology: Topology, micro: int) -> Batch:
-    """Random pictures as a loader gives them, uint8 and channels-last, every label there."""
-    import torch
-
-    from hybrid_dist.data.dataset import Batch
-
-    size = config.size(phase)
-    images = torch.randint(0, 255, (micro, size, size, 3), dtype=torch.uint8)
-    labels = {
-        name: torch.arange(micro) % CLASSES if task.kind == "classification" else torch.full((micro,), 0.5)
-        for name, task in config.tasks.items()
-    }
-    if topology.device.type == "cuda":
-        images = images.pin_memory()
-    return Batch(images.permute(0, 3, 1, 2), labels, torch.arange(micro))
 
 
 class PartClock:

@@ -32,32 +32,29 @@ def make_engine(
         micro_batch: Samples that each process takes at a time.
         accumulation: Micro batches in a step.
     """
-    engine = _make(topology, model, groups, train, micro_batch, accumulation)
+    options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
+    engine: Engine
+    if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        model.to(topology.device)
+        engine = PlainEngine(topology, model, torch.optim.AdamW(groups, fused=True, **options), train.clip_norm)
+    else:
+        from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
+
+        offloads = offloads_optimizer(configure(topology, model, train, micro_batch, accumulation))
+        optimizer = _for_deepspeed(groups, options, train, offloads)
+        engine = ZeroEngine(topology, model, optimizer, train.clip_norm)
     if train.ema is not None:
         engine.keep_average()
     return engine
 
 
-def _make(
-    topology: Topology,
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    train: TrainConfig,
-    micro_batch: int,
-    accumulation: int,
-) -> Engine:
-    options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
-    if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        model.to(topology.device)
-        return PlainEngine(topology, model, torch.optim.AdamW(groups, fused=True, **options), train.clip_norm)
-    from hybrid_dist.distributed.zero import ZeroEngine, configure, offloads_optimizer
-
-    config = configure(topology, model, train, micro_batch, accumulation)
-    if offloads_optimizer(config):
+def _for_deepspeed(
+    groups: list[dict[str, Any]], options: dict[str, Any], train: TrainConfig, offloads: bool
+) -> torch.optim.Optimizer:
+    if offloads:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return ZeroEngine(topology, model, DeepSpeedCPUAdam(groups, adamw_mode=True, **options), train.clip_norm)
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     # A scaler hands scaled gradients to a fused optimizer. At ZeRO 0, where clipping comes last, they would be clipped
     # as if they were not.
-    fused = train.precision != "fp16"
-    return ZeroEngine(topology, model, torch.optim.AdamW(groups, fused=fused, **options), train.clip_norm)
+    return torch.optim.AdamW(groups, fused=train.precision != "fp16", **options)

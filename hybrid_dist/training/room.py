@@ -76,9 +76,9 @@ def _memory(topology: Topology) -> int:
 
 def _kind(config: Config, topology: Topology) -> str:
     """What a micro batch that is too much is too much for."""
-    device, again = topology.device, config.train.checkpoint_activations
+    device, branches = topology.device, sorted(config.train.checkpoint_activations)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{topology.label}, {name}" + (f", recomputing {' and '.join(sorted(again))}" if again else "")
+    return f"{topology.label}, {name}" + (f", recomputing {' and '.join(branches)}" if branches else "")
 
 
 def choose(
