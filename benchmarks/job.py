@@ -1,14 +1,13 @@
 """The whole job beside the plain recipe, and an epoch beside what people use now: ratios of wall-clock time.
 
-    python benchmarks/job.py [--config FILE] [--batch 32] [--train 3000] [--val 400] [--repeats 3]
+    python benchmarks/job.py [--config FILE] [--batch 32] [--rates A B C] [--train 3000] [--val 400] [--repeats 3]
                              [--timm FILE] [--accelerate FILE] [--json FILE]
 
 The three phases of a config's pair, from random weights, on the same rendered pictures, for the same epochs, as two
-whole commands by turns: `train.py`, and the plain recipe that a script for this would be: one process, fp32, PIL and
-torchvision, everything in the graph, AdamW with a cosine, a full torch.save each epoch. Then one task and one backbone:
-an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py (`--accelerate`). Those
-are the projects' own files, run as they are, but that the second has its model, sizes and epochs in its code. An epoch
-is half of the difference between a run of three and one of one.
+whole commands by turns: `train.py`, and plain_recipe.py, which is what a script for this would be. Then one task and
+one backbone: an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py
+(`--accelerate`). Those are the projects' own files, run as they are, but that the second has its model, sizes and
+epochs in its code. An epoch is half of the difference between a run of three and one of one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 import shutil
 import statistics
@@ -24,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,8 @@ from hybrid_dist.files import read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-EPOCHS = {"a": 2, "b": 2, "c": 4}
+EPOCHS = {"a": 2.0, "b": 2.0, "c": 4.0}
 RATES = {"a": 2e-3, "b": 2e-3, "c": 4e-3}
-TRAINS = {"a": ("heads",), "b": ("heads", "transformer"), "c": ("heads", "transformer", "cnn")}
 BATCH, SIZE = 32, 96
 """Of the quickstart, and of the peers."""
 LOW = 0.45
@@ -65,10 +62,12 @@ def places(data: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """What is trained: a config's file, and pictures a step."""
+    """What is trained: a config's file, pictures a step, and by phase epochs and rates."""
 
     config: Path = CONFIG
     batch: int = BATCH
+    epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
 
 
 def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]], pair: Pair) -> tuple[float, float]:
@@ -92,152 +91,27 @@ def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]
     return taken, float(best["metrics"]["val/score"])
 
 
-def job_phases() -> list[dict[str, Any]]:
+def job_phases(pair: Pair) -> list[dict[str, Any]]:
     """Nothing is augmented, so a picture has one view, for which a frozen branch gives the same always."""
-    kept = {"a": 1, "b": 1, "c": None}
-    names = {"a": ["heads", "fusion"], "b": ["heads", "fusion", "transformer"], "c": ["all"]}
-    return [
-        {
-            "name": name,
-            "trainable": names[name],
-            "epochs": EPOCHS[name],
-            "lr": RATES[name],
-            "cache_features": kept[name],
-        }
-        for name in EPOCHS
+    parts = {"a": ["heads", "fusion"], "b": ["heads", "fusion", "transformer"], "c": ["all"]}
+    phases: list[dict[str, Any]] = [
+        {"name": name, "trainable": parts[name], "epochs": epochs, "lr": pair.rates[name]}
+        for name, epochs in pair.epochs.items()
     ]
+    return [phase | ({"cache_features": 1} if phase["name"] != "c" else {}) for phase in phases]
 
 
-def plain(data: Path, work: Path, pair: Pair) -> tuple[float, float]:
+def plain(data: Path, work: Path, pair: Pair, *extra: str) -> tuple[float, float]:
     """The plain recipe in a process of its own; as `ours`."""
     out = work / "plain"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    taken = call([sys.executable, __file__, "--plain", str(data), str(out), str(pair.config), str(pair.batch)], ROOT)
+    words = [sys.executable, str(ROOT / "benchmarks" / "plain_recipe.py"), str(data), str(out)]
+    words += ["--config", str(pair.config), "--batch", str(pair.batch)]
+    words += ["--epochs", *(f"{name}={value}" for name, value in pair.epochs.items())]
+    words += ["--rates", *(f"{name}={value}" for name, value in pair.rates.items())]
+    taken = call([*words, *extra], ROOT)
     return taken, float(read_object(out / "score.json")["score"])
-
-
-def plain_recipe(data: Path, out: Path, file: str, batch: int) -> None:
-    """What people write for this, from the libraries' own pieces."""
-    import timm
-    import torch
-    import torch.nn.functional as F
-    from PIL import Image
-    from torch import nn
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision.transforms import Compose, Normalize, Resize, ToTensor
-
-    config = load_config(file)
-    square = (config.data.image_size, config.data.image_size)
-    classes = {}
-    for task in ("type", "airline"):
-        with (data / "train.csv").open(encoding="utf-8") as file:
-            classes[task] = sorted({row[f"{task}name"] for row in csv.DictReader(file)} - {""})
-
-    class Pictures(Dataset):  # type: ignore[type-arg]
-        def __init__(self, split: str) -> None:
-            with (data / f"{split}.csv").open(encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
-            self.folder = data / split
-            means = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-            self.transform = Compose([Resize(square), ToTensor(), Normalize(*means)])
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, index: int) -> Any:
-            row = self.rows[index]
-            labels = {
-                task: names.index(row[f"{task}name"]) if row[f"{task}name"] else -1 for task, names in classes.items()
-            }
-            scores = {task: float(row[task]) if row[task] else math.nan for task in ("clarity", "block")}
-            image = Image.open(self.folder / row["filename"]).convert("RGB")
-            return self.transform(image), labels | scores
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-
-            def backbone(branch: Any) -> Any:
-                kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in branch.kwargs.items()}
-                size = {"img_size": square[0]} if "swin" in branch.name else {}
-                return timm.create_model(branch.name, pretrained=False, num_classes=0, **size, **kwargs)
-
-            self.cnn, self.transformer = backbone(config.model.cnn), backbone(config.model.transformer)
-            width = self.cnn.num_features + self.transformer.num_features
-            heads = {f"{task}_head": nn.Linear(width, len(names)) for task, names in classes.items()}
-            for task in ("clarity", "block"):
-                heads[f"{task}_head"] = nn.Sequential(  # type: ignore[assignment]
-                    nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid()
-                )
-            self.heads = nn.ModuleDict(heads)
-            self.dropout = nn.Dropout(config.model.dropout)
-
-        def forward(self, images: Any) -> dict[str, Any]:
-            fused = self.dropout(torch.cat([self.cnn(images), self.transformer(images)], 1))
-            return {name.removesuffix("_head"): head(fused) for name, head in self.heads.items()}
-
-    def loss_of(outputs: dict[str, Any], labels: dict[str, Any]) -> Any:
-        total = 0.0
-        for task, output in outputs.items():
-            if task in classes:
-                part = F.cross_entropy(output, labels[task], ignore_index=-1)
-            else:
-                target = labels[task].float()
-                known = ~torch.isnan(target)
-                part = F.smooth_l1_loss(output.squeeze(1)[known], target[known])
-            total = total + config.tasks[task].weight * torch.nan_to_num(part)
-        return total
-
-    @torch.no_grad()
-    def score(model: Any, loader: Any) -> float:
-        model.eval()
-        right = dict.fromkeys(("type", "airline", "clarity", "block"), 0.0)
-        count = dict.fromkeys(right, 0)
-        for images, labels in loader:
-            for task, output in model(images).items():
-                if task in classes:
-                    known = labels[task] >= 0
-                    right[task] += float((output.argmax(1) == labels[task])[known].sum())
-                else:
-                    target = labels[task].float()
-                    known = ~torch.isnan(target)
-                    right[task] += float((1 - (output.squeeze(1) - target).abs())[known].sum())
-                count[task] += int(known.sum())
-        shares = {"type": 0.5, "airline": 0.2, "clarity": 0.15, "block": 0.15}
-        return sum(share * right[task] / count[task] for task, share in shares.items())
-
-    torch.manual_seed(0)
-    train = DataLoader(Pictures("train"), batch, shuffle=True, num_workers=2)
-    val = DataLoader(Pictures("val"), batch, num_workers=2)
-    model, best = Net(), 0.0
-    for phase, epochs in EPOCHS.items():
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.split(".")[0] in TRAINS[phase]
-        optimizer = torch.optim.AdamW(
-            (p for p in model.parameters() if p.requires_grad), lr=RATES[phase], weight_decay=0.05
-        )
-        steps = epochs * len(train)
-        warm = max(1, round(0.05 * steps))
-
-        def shape(step: int, warm: int = warm, steps: int = steps) -> float:
-            return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-        best = 0.0
-        for epoch in range(epochs):
-            model.train()
-            for images, labels in train:
-                optimizer.zero_grad()
-                loss = loss_of(model(images), labels)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-            best = max(best, score(model, val))
-            state = {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "scheduler": scheduler.state_dict()}, out / "last.pth")
-    (out / "score.json").write_text(json.dumps({"score": best}), encoding="utf-8")
 
 
 def folders_by_class(data: Path, out: Path) -> int:
@@ -361,10 +235,11 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     data = work / "data"
     sizes = ["--train", str(arguments.train), "--val", str(arguments.val), "--seed", "0", "--workers", "2"]
     call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(data), *sizes], ROOT)
-    pair = Pair(arguments.config.resolve(), arguments.batch)
+    rates = dict(zip(RATES, arguments.rates or RATES.values(), strict=True))
+    pair = Pair(arguments.config.resolve(), arguments.batch, EPOCHS, rates)
     found: dict[str, Any] = {"job": {"ours": [], "plain": []}, "score": {"ours": [], "plain": []}}
     for turn in range(arguments.repeats):
-        both = {"ours": lambda: ours(data, work, [], job_phases(), pair), "plain": lambda: plain(data, work, pair)}
+        both = {"ours": lambda: ours(data, work, [], job_phases(pair), pair), "plain": lambda: plain(data, work, pair)}
         for name, run in both.items():
             seconds, score = run()
             found["job"][name].append(seconds)
@@ -390,18 +265,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--rates", type=float, nargs=3, metavar="RATE", help="of the three phases, for both")
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--val", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timm", type=Path, metavar="FILE", help="timm's train.py")
     parser.add_argument("--accelerate", type=Path, metavar="FILE", help="Accelerate's examples/complete_cv_example.py")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plain", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.plain is not None:
-        data, out, file, batch = arguments.plain
-        plain_recipe(Path(data), Path(out), file, int(batch))
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))
     if arguments.json is not None:

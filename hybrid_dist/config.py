@@ -165,6 +165,8 @@ class TrainConfig(Section):
     """Samples that a process takes at a time; accumulation follows. `auto`: by the plan, less if memory runs out."""
     checkpoint_activations: list[Literal["cnn", "transformer"]] = []
     """Branches whose blocks are computed again in the backward pass instead of kept: slower, with less memory."""
+    compile: bool = False
+    """Compile the backbones' repeated blocks (torch.compile), which takes minutes at the start of each phase."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass; weights and optimizer stay fp32."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
@@ -364,6 +366,7 @@ _FREE = {
     "train": {
         "micro_batch_size",
         "checkpoint_activations",
+        "compile",
         "max_bad_steps",
         "deterministic",
         "stall_timeout",
@@ -416,7 +419,7 @@ def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] =
 
 def explain(error: ValidationError, source: str, model: type[BaseModel]) -> UserError:
     """What pydantic found wrong with the values of a `model`, a line each; `source` names the file."""
-    lines = [_explain(entry, model) for entry in error.errors()]
+    lines = [_explain(entry, model) for entry in _joined(error)]
     return UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0]))
 
 
@@ -470,6 +473,20 @@ def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(f"{key}: {part!r} is not an index into a list of {len(node)}; 0 to {len(node) - 1} would do")
     return int(part)
+
+
+def _joined(error: ValidationError) -> list[dict[str, Any]]:
+    """pydantic's errors, with one for a value that may be this or that, where it has one for each, and a place for it
+    that is none of the config's keys."""
+    found: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    for entry in error.errors():
+        location, kind = entry["loc"], str(entry["loc"][-1]) if entry["loc"] else ""
+        place = location[:-1] if kind.startswith(("literal[", "constrained-")) else location
+        if place in found:
+            found[place]["msg"] += f" or {entry['msg'].removeprefix('Input should be ')}"
+        else:
+            found[place] = {**entry, "loc": place}
+    return list(found.values())
 
 
 def _explain(entry: Any, model: type[BaseModel]) -> str:

@@ -68,7 +68,7 @@ def test_defaults_and_overrides(minimal: Path) -> None:
         ("phases.0.lr={heads: 1e-3, wings: 1e-3}", ["phases.0.lr", "wings", "cnn, transformer, fusion, heads"]),
         ("phases.0.lr={heads: 0}", ["phases.0.lr", "heads", "above 0"]),
         ("phases.0.layer_decay=1.5", ["phases.0.layer_decay", "less than or equal to 1"]),
-        ("data.workers=many", ["data.workers"]),
+        ("data.workers=many", ["data.workers: input should be 'auto' or a valid integer, got 'many'"]),
         ("phases=[]", ["phases"]),
         ("model.cnn=null", ["model", "model.cnn"]),
         ("run.name=a/b", ["run.name"]),

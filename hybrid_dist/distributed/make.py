@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -12,6 +12,9 @@ from hybrid_dist.config import TrainConfig
 from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
+
+if TYPE_CHECKING:
+    from hybrid_dist.model.hybrid import Hybrid
 
 
 def make_engine(
@@ -32,6 +35,8 @@ def make_engine(
         micro_batch: Samples that each process takes at a time.
         accumulation: Micro batches in a step.
     """
+    if train.compile:
+        cast("Hybrid", model).compile_blocks()
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     engine: Engine
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:

@@ -27,6 +27,10 @@ RESERVED_KWARGS = {
 }
 
 
+KINDS_OF_BLOCKS = 64
+"""So many of one class are compiled before the rest runs as it is."""
+
+
 class Features(NamedTuple):
     """What a branch gives."""
 
@@ -119,6 +123,21 @@ class Backbone(nn.Module):
             if enable:
                 name = type(self.net).__name__
                 raise UserError(f"train.checkpoint_activations: timm can't do it for {name}; [] would do") from None
+
+    def compile_blocks(self) -> None:
+        """Have each of the repeated blocks compiled at its first use, in place; blocks that are alike share the result.
+
+        Raises:
+            UserError: there are none.
+        """
+        # By stage, with stochastic depth or without, training or not: more kinds than dynamo allows for by default.
+        torch._dynamo.config.recompile_limit = max(KINDS_OF_BLOCKS, torch._dynamo.config.recompile_limit)
+        lists = [module for name, module in self.net.named_modules() if name.rpartition(".")[2] == "blocks"]
+        blocks = [block for each in lists for block in each.children()]
+        if not blocks:
+            raise UserError(f"train.compile: {type(self.net).__name__} has no repeated blocks; false would do")
+        for block in blocks:
+            block.compile(dynamic=False)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters, as named in this module, that timm keeps from weight decay."""

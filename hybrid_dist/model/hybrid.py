@@ -168,6 +168,11 @@ class Hybrid(nn.Module):
         for part, branch in branches.items():
             branch.checkpoint_activations(part in parts)
 
+    def compile_blocks(self) -> None:
+        """As `Backbone.compile_blocks`, in each branch."""
+        for branch in self.branches().values():
+            branch.compile_blocks()
+
     def set_trainable(self, rules: Sequence[str]) -> None:
         """Set `requires_grad` of every parameter; wholly frozen branches go to eval mode and run without a graph.
 

@@ -52,9 +52,8 @@ class Noise:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         """(B,) int64, of the samples that the next forward and its backward are about."""
-        self.paths: Tensor | None = None
-        """(layers of stochastic depth, B) fp32: 0 where a sample skips one, else what makes up for the skipping."""
         # Of the layers of stochastic depth, in their order.
+        self._depths: list[SampleDropPath] = []
         self._salts = torch.empty(0, dtype=torch.int64)
         self._rates = torch.empty(0)
 
@@ -64,33 +63,38 @@ class Noise:
             # Fused attention would draw its dropout itself, for all of the micro batch.
             if getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0:
                 module.fused_attn = False  # type: ignore[assignment]
-        depths: list[tuple[int, float]] = []
+        salts = []
         for parent, child, name in list(_droppers(model)):
             module, salt = getattr(parent, child), _salt(name)
             made: SampleDropout | SampleDropPath
             if isinstance(module, DropPath):
-                made = SampleDropPath(module, self, len(depths))
-                depths.append((salt, made.drop_prob))
+                made = SampleDropPath(module)
+                self._depths.append(made)
+                salts.append(salt)
             else:
                 made = SampleDropout(module, self, salt)
             setattr(parent, child, made.train(module.training))
-        self._salts = torch.tensor([salt for salt, _ in depths], dtype=torch.int64)
-        self._rates = torch.tensor([rate for _, rate in depths])
+        self._salts = torch.tensor(salts, dtype=torch.int64)
+        self._rates = torch.tensor([layer.drop_prob for layer in self._depths])
 
     def begin(self, keys: Tensor) -> None:
         """The samples of the next forward; (B,) int64 on the model's device."""
         self.keys = keys
-        if not len(self._rates):
+        if not self._depths:
             return
         if self._salts.device != keys.device:
             self._salts, self._rates = self._salts.to(keys.device), self._rates.to(keys.device)
         # All at once: a draw is a dozen small kernels, and a backbone has dozens of these layers.
         kept = _kept(mix(keys ^ self._salts.unsqueeze(1)), self._rates.unsqueeze(1))  # (layers, B)
-        self.paths = kept / (1 - self._rates).unsqueeze(1)
+        paths = kept / (1 - self._rates).unsqueeze(1)
+        for layer, path in zip(self._depths, paths.unbind(), strict=True):
+            layer.path = path
 
     def end(self) -> None:
         """No samples any more."""
-        self.keys = self.paths = None
+        self.keys = None
+        for layer in self._depths:
+            layer.path = None
 
 
 def _salt(name: str) -> int:
@@ -129,17 +133,22 @@ class SampleDropout(nn.Dropout):
 
 
 class SampleDropPath(DropPath):
-    """Stochastic depth by sample (Huang et al. 2016): (B, …) → the same, with whole samples dropped in training."""
+    """Stochastic depth by sample (Huang et al. 2016): (B, …) → the same, with whole samples dropped in training.
 
-    def __init__(self, like: DropPath, noise: Noise, index: int) -> None:
+    Attributes:
+        path: (B,) fp32, 0 where a sample skips this layer, else what makes up for the skipping; `Noise` sets it.
+    """
+
+    path: Tensor | None
+
+    def __init__(self, like: DropPath) -> None:
         super().__init__(like.drop_prob, like.scale_by_keep)
-        self.noise = noise
-        self.index = index
+        self.path = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Any float (B, …)."""
-        paths = self.noise.paths
-        if not self.training or paths is None or paths.shape[1] != len(x):
+        path = self.path
+        if not self.training or path is None or len(path) != len(x):
             dropped: Tensor = super().forward(x)
             return dropped
-        return x * paths[self.index].to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))
+        return x * path.to(x.dtype).view(-1, *(1 for _ in x.shape[1:]))

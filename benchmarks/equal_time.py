@@ -1,0 +1,85 @@
+"""What the default recipe scores in the time that the plain recipe takes, over seeds: rendered pictures, and real ones.
+
+    python benchmarks/equal_time.py [--photos FOLDER] [--weights FILE] [--seeds 3] [--json FILE]
+
+The quickstart's pair, from random weights or those of a run's model.safetensors. plain_recipe.py trains its three
+phases; then `train.py` trains them with its defaults, all their epochs times a factor, so that as whole commands both
+take the same time. The factor comes from two runs of train.py per data set, of as many epochs and of twice as many.
+FOLDER holds train.csv, train/, val.csv and val/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from job import EPOCHS, ROOT, Pair, call, job_phases, ours, plain
+
+MARGIN = 0.97
+"""Of the plain recipe's time, for what varies from run to run."""
+
+
+def default(data: Path, work: Path, factor: float, seed: int, weights: Path | None) -> tuple[float, float]:
+    """Seconds and score of train.py with so many times the epochs."""
+    pair = Pair(epochs={name: round(factor * epochs, 3) for name, epochs in EPOCHS.items()})
+    changes = [f"run.seed={seed}"]
+    if weights is not None:
+        changes += [f"model.{part}.weights={weights}" for part in ("cnn", "transformer")]
+    return ours(data, work, changes, job_phases(pair), pair)
+
+
+def factor_of(data: Path, work: Path, weights: Path | None, plain_seconds: float) -> float:
+    """How many times the epochs fit into the plain recipe's time."""
+    once, twice = (default(data, work, times, 99, weights)[0] for times in (1, 2))
+    start_up = once - (twice - once)
+    return max(1.0, (MARGIN * plain_seconds - start_up) / (twice - once))
+
+
+def measure(data: Path, work: Path, seeds: int, weights: Path | None) -> dict[str, Any]:
+    """Both recipes with each seed, by turns."""
+    found: dict[str, Any] = {"plain": [], "default": []}
+    factor = None
+    extra = ["--weights", str(weights)] if weights is not None else []
+    for seed in range(seeds):
+        found["plain"].append(plain(data, work, Pair(), "--seed", str(seed), *extra))
+        factor = factor or factor_of(data, work, weights, found["plain"][0][0])
+        found["default"].append(default(data, work, factor, seed, weights))
+        print(f"{data.name}, seed {seed}: {found['plain'][-1]}, {found['default'][-1]}", file=sys.stderr, flush=True)
+    return {"factor": factor, **found}
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    weights = arguments.weights.resolve() if arguments.weights is not None else None
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        sizes = ["--train", "1000", "--val", "600", "--seed", "101", "--workers", "2"]
+        call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(work / "rendered"), *sizes], ROOT)
+        sets = [work / "rendered", *([arguments.photos.resolve()] if arguments.photos is not None else [])]
+        for data in sets:
+            found[data.name] = measure(data, work, arguments.seeds, weights)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, facts in found.items():
+        for recipe in ("plain", "default"):
+            seconds, scores = zip(*facts[recipe], strict=True)
+            spread = statistics.stdev(scores) if scores[1:] else 0.0
+            times = f" ({facts['factor']:.2f} times the epochs)" if recipe == "default" else ""
+            took = f"{statistics.mean(seconds):.0f} s"
+            print(f"{name}, {recipe}{times}: val/score {statistics.mean(scores):.3f} ± {spread:.3f} in {took}")
+
+
+if __name__ == "__main__":
+    main()
