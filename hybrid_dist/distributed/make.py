@@ -12,6 +12,7 @@ from hybrid_dist.config import TrainConfig
 from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
+from hybrid_dist.model.depthwise import hasten
 
 if TYPE_CHECKING:
     from hybrid_dist.model.hybrid import Hybrid
@@ -35,6 +36,8 @@ def make_engine(
         micro_batch: Samples that each process takes at a time.
         accumulation: Micro batches in a step.
     """
+    if topology.device.type == "cpu":
+        hasten(model)
     if train.compile:
         cast("Hybrid", model).compile_blocks()
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
