@@ -40,7 +40,8 @@ def _train(stop: Stop) -> int:
 
             fresh = arguments.fresh and times() == 0
             same = {**config.alike(), "--phase": arguments.phase, "--fresh": fresh}
-            topology = start(config.train.precision, config.train.stall_timeout, same, config.train.deterministic)
+            train = config.train
+            topology = start(train.precision, train.stall_timeout, same, train.deterministic, train.compile)
         try:
             code = run(config, topology, stop, arguments.phase, fresh)
         except Again:

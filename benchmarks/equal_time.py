@@ -1,10 +1,11 @@
-"""What the default recipe scores in the time that the plain recipe takes, over seeds: rendered pictures, and real ones.
+"""What the default recipe scores in the time of the plain one, over seeds: rendered pictures, and real ones.
 
     python benchmarks/equal_time.py [--photos FOLDER] [--weights FILE] [--seeds 3] [--json FILE]
 
 The quickstart's pair, from random weights or those of a run's model.safetensors. plain_recipe.py trains its three
-phases; then `train.py` trains them with its defaults, all their epochs times a factor, so that as whole commands both
-take the same time. The factor comes from two runs of train.py per data set, of as many epochs and of twice as many.
+phases; then `train.py` trains them with its defaults, but that it keeps what frozen branches give, and like the plain
+recipe augments nothing; all their epochs times a factor, so that as whole commands both take the same time.
+The factor comes from two runs of train.py per data set, of as many epochs and of twice as many.
 FOLDER holds train.csv, train/, val.csv and val/.
 """
 

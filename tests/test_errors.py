@@ -115,6 +115,9 @@ BAD_CONFIGS: dict[str, tuple[list[str], list[str]]] = {
         ["model.transformer=null", "model.fusion=concat"], ["phases.1.trainable", "transformer", "heads"],
     ),
     "a precision for GPUs": (["train.precision=fp16"], ["fp16", "bf16"]),
+    "nothing to compile": (
+        ["train.compile=true", "model.cnn={name: resnet10t, weights: scratch}"], ["train.compile", "ResNet", "false"],
+    ),
     "a packed copy that isn't there": (["data.packed=always"], ["data.packed"]),
     "both epochs and steps": (["phases.0.epochs=1"], ["phases.0", "epochs", "steps"]),
     "a phase that isn't there": (["--phase", "d"], ["d", "a, b, c"]),

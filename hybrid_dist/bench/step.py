@@ -70,7 +70,7 @@ def _here(config: Config, phase: str | None, steps: int) -> list[dict[str, Any]]
     """All ranks together; the first one's rows."""
     from hybrid_dist.distributed import leave, start
 
-    topology = start(config.train.precision, config.train.stall_timeout)
+    topology = start(config.train.precision, config.train.stall_timeout, compiled=config.train.compile)
     try:
         rows = [measure(config, topology, each, steps) for each in chosen(config, phase)]
         return rows if topology.is_main else []
@@ -130,6 +130,8 @@ def _times(
     model = build_model(config.model, config.tasks, counts, config.size(phase), config.run.seed, load=False)
     model.set_trainable(phase.trainable)
     model.checkpoint_activations(config.train.checkpoint_activations)
+    if config.train.compile:
+        model.compile_blocks()
     numbers = describe(model)["all"]
     groups = param_groups(model, config.train.weight_decay, None, peak_rates(model, phase))
     accumulation = config.train.global_batch_size // (micro * topology.world_size)

@@ -80,6 +80,7 @@ def start(
     stall_timeout: float | None,
     same: Mapping[str, Any] | None = None,
     deterministic: bool = False,
+    compiled: bool = False,
 ) -> Topology:
     """Join the other processes, if there are any, and choose the device.
 
@@ -88,16 +89,25 @@ def start(
         stall_timeout: Seconds, as in `train.stall_timeout`.
         same: What all ranks must have been started with, by name.
         deterministic: As in `train.deterministic`.
+        compiled: As in `train.compile`.
 
     Raises:
-        UserError: the device can't do the precision; there are fewer GPUs than processes; not all ranks have come, or
-            they differ in their versions, launch file or `same`; the launch file contradicts itself.
+        UserError: the device can't do the precision, or the stage can't be compiled; there are fewer GPUs than
+            processes; not all ranks have come, or they differ in their versions, launch file or `same`; the launch
+            file contradicts itself.
     """
     choose_algorithms(deterministic)
     has_cuda = _has_cuda()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     _meet(has_cuda, _problem(precision, has_cuda), same or {})
-    return _accelerate(precision, has_cuda, deepspeed, _patience(stall_timeout))
+    topology = _accelerate(precision, has_cuda, deepspeed, _patience(stall_timeout))
+    if compiled and topology.zero.get("stage") == 3:
+        raise UserError(
+            "train.compile: under ZeRO 3 DeepSpeed's hooks would be compiled anew for each module, until none is;"
+            " false, or ZeRO 2, would do",
+            shared=True,
+        )
+    return topology
 
 
 def _has_cuda() -> bool:

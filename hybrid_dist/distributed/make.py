@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -13,9 +13,6 @@ from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
 from hybrid_dist.model.depthwise import hasten
-
-if TYPE_CHECKING:
-    from hybrid_dist.model.hybrid import Hybrid
 
 
 def make_engine(
@@ -38,8 +35,6 @@ def make_engine(
     """
     if topology.device.type == "cpu":
         hasten(model)
-    if train.compile:
-        cast("Hybrid", model).compile_blocks()
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     engine: Engine
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:

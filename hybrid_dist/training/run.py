@@ -370,6 +370,8 @@ def _first_model(job: Job) -> Hybrid:
     _check_models(job.config)
     model = job.build(job.config.phases[0], load=True)
     model.checkpoint_activations(job.config.train.checkpoint_activations)
+    if job.config.train.compile:
+        model.compile_blocks()
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
@@ -672,6 +674,8 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
     model.checkpoint_activations(job.config.train.checkpoint_activations)
+    if job.config.train.compile:
+        model.compile_blocks()
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     weights = weights_sums(model) if phase.cache_features is not None and job.topology.is_main else {}
