@@ -166,7 +166,7 @@ class TrainConfig(Section):
     checkpoint_activations: list[Literal["cnn", "transformer"]] = []
     """Branches whose blocks are computed again in the backward pass instead of kept: slower, with less memory."""
     compile: bool = False
-    """Compile the backbones' repeated blocks (torch.compile), which takes minutes at the start of each phase."""
+    """Compile the backbones' repeated blocks (torch.compile), which takes minutes at the start."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the forward pass; weights and optimizer stay fp32."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
@@ -476,8 +476,8 @@ def _index(node: list[Any], part: str, key: str) -> int:
 
 
 def _joined(error: ValidationError) -> list[dict[str, Any]]:
-    """pydantic's errors, with one for a value that may be this or that, where it has one for each, and a place for it
-    that is none of the config's keys."""
+    """pydantic's errors. For a value that may be this or that it has one for each, at a place below the key: here it
+    is one, at the key."""
     found: dict[tuple[int | str, ...], dict[str, Any]] = {}
     for entry in error.errors():
         location, kind = entry["loc"], str(entry["loc"][-1]) if entry["loc"] else ""

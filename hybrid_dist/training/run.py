@@ -136,12 +136,20 @@ class Job:
         return sum(self.length(later).total for later in phases[phases.index(phase) + 1 :])
 
     def build(self, phase: PhaseConfig, load: bool) -> Hybrid:
-        """A phase's model on the host, with its configured weights if `load`, else with fresh ones."""
+        """A phase's model on the host, with its configured weights if `load`, else with fresh ones.
+
+        Raises:
+            UserError: a backbone or its weights can't be had, or it can't be run as `train` says.
+        """
         config = self.config
         classes = {name: len(found.classes) for name, found in self.class_maps.items()}
         learned = config.train.task_balance == "uncertainty"
         size, seed = config.size(phase), config.run.seed
-        return build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
+        model = build_model(config.model, config.tasks, classes, size, seed, load=load, balance=learned)
+        model.checkpoint_activations(config.train.checkpoint_activations)
+        if config.train.compile:
+            model.compile_blocks()
+        return model
 
     def train_loader(self, phase: PhaseConfig, start: int, end: int, frozen: Pixels) -> BatchLoader:
         """A loader of the phase's steps [start, end), for this rank; `frozen`: what is kept of its samples."""
@@ -369,9 +377,6 @@ def _first_model(job: Job) -> Hybrid:
     """The model as a new run begins with it; every phase's rule is tried on it."""
     _check_models(job.config)
     model = job.build(job.config.phases[0], load=True)
-    model.checkpoint_activations(job.config.train.checkpoint_activations)
-    if job.config.train.compile:
-        model.compile_blocks()
     for index, phase in enumerate(job.config.phases):
         try:
             model.set_trainable(phase.trainable)
@@ -673,9 +678,6 @@ def _run_phase(job: Job, phase: PhaseConfig, state: TrainState, found: Found | N
         model = job.build(phase, load=False)
         model.load_state_dict(fit_weights(job.config.model, _weights(job, phase, found, Layout.of(model)), model))
     model.set_trainable(phase.trainable)
-    model.checkpoint_activations(job.config.train.checkpoint_activations)
-    if job.config.train.compile:
-        model.compile_blocks()
     _announce(job, phase, state, model)
     layout = Layout.of(model)
     weights = weights_sums(model) if phase.cache_features is not None and job.topology.is_main else {}

@@ -68,7 +68,10 @@ def reference(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize(
     ("name", "config_file", "megabytes", "sizes"),
-    [("one", None, "300", [48]), ("ZeRO 3, rank 1 alone", "zero3", "0,100", [24, 12])],
+    [
+        pytest.param("one", None, "300", [48], marks=pytest.mark.slow),  # the other has all that this one has
+        ("ZeRO 3, rank 1 alone", "zero3", "0,100", [24, 12]),
+    ],
 )
 def test_halved_until_it_fits(
     name: str, config_file: str | None, megabytes: str, sizes: list[int], reference: Path, tiny_data: Path,
