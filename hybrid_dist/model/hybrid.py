@@ -33,9 +33,9 @@ class Hybrid(nn.Module):
         fusion: of the branches' features.
         heads: `task_NAME` → head; and `balance`, where training learns the tasks' weights.
         noise: what dropout and stochastic depth draw from.
-        remembers: in training, whether `remembered` gets what the frozen branches give; through any wrapper of the
-            model, whose outputs stay what they are.
-        remembered: for each forward in training since it was last emptied, by branch.
+        remembers: whether `remembered` gets what the frozen branches give; through any wrapper of the model, whose
+            outputs stay what they are.
+        remembered: for each forward since it was last emptied, by branch.
     """
 
     cnn: Backbone | None
@@ -97,7 +97,7 @@ class Hybrid(nn.Module):
             if part in given and in_step:
                 branch.idle()
             branches[part] = given[part] if part in given else branch(images)
-        if self.remembers and self.training:
+        if self.remembers:
             self.remembered.append({part: branches[part] for part in self.frozen() if part not in given})
         return branches, self.fuse(branches)
 

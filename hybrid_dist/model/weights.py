@@ -72,7 +72,7 @@ def find_weights(part: str, config: BranchConfig, allow_scratch: bool) -> Source
         )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{key}: {config.weights!r} isn't one of {', '.join(SUFFIXES)}")
-    return Source("file", path)
+    return Source("run" if _of_run(part, path) else "file", path)
 
 
 def load_weights(part: str, config: BranchConfig, source: Source, net: nn.Module) -> None:
@@ -237,6 +237,14 @@ def _keys_below(where: str, part: str, file: Path) -> list[str]:
             return [name for name in tensors.keys() if name.startswith(f"{part}.net.")]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where} can't be read: {error}") from None
+
+
+def _of_run(part: str, file: Path) -> bool:
+    """Whether a file has a run's whole model; what can't be read says so when it is loaded."""
+    try:
+        return file.suffix == ".safetensors" and bool(_keys_below("", part, file))
+    except UserError:
+        return False
 
 
 def _parts(file: Path) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from hybrid_dist.errors import UserError
 from hybrid_dist.files import read_object, write_atomic
 from hybrid_dist.model.backbones import Features
 from hybrid_dist.model.hybrid import Hybrid
+from hybrid_dist.training.val_features import ValFeatures
 
 if TYPE_CHECKING:
     from hybrid_dist.training.phase import Length
@@ -145,6 +146,14 @@ class Pixels:
     def keep(self, batches: Sequence[Batch], step: int) -> None:
         """After the phase's step `step`, from 0: keep what the branches have given. Waits for no device."""
 
+    def val_source(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """What a validation is to take its batches from, in place of `loader`."""
+        return loader
+
+    def validating(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """A validation's batches on their way to the model, which is asked about one before the next is taken."""
+        return batches
+
     def flush(self) -> None:
         """What was to be kept is in the files, where a kill does not reach it."""
 
@@ -209,6 +218,7 @@ class FrozenFeatures(Pixels):
         place = self.folder / phase.name
         self.stored = Stored(place, entry, self.turns, len(job.train_table))
         self.log = Log(place, f"{self.topology.rank:05d}", entry)
+        self.validation = ValFeatures(place, self.model, tokens, self.topology.control, job.terminal.say)
         self.filling = True
         self._kept: set[tuple[int, int]] = set()
         self._problem: str | None = None
@@ -286,6 +296,12 @@ class FrozenFeatures(Pixels):
             self._kept.update(keys)
         self.log.append(records)
 
+    def val_source(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        return self.validation.source(loader)
+
+    def validating(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return self.validation.passing(batches)
+
     def flush(self) -> None:
         self._waiting.join()
         if self._failure is not None:
@@ -298,6 +314,7 @@ class FrozenFeatures(Pixels):
             self._thread.join(LEAVE)
         self.log.close()
         self.stored.close()
+        self.validation.close()
 
 
 def _to_host(features: dict[str, Features], tokens: bool) -> tuple[FeatureTensors, Any]:
@@ -352,6 +369,7 @@ def open_features(
     tokens = model.fusion.reads_tokens
     entry = entry_of(_first_features(engine, job.config.size(phase), tokens), job.train_table.labels)
     size = views * len(job.train_table) * (entry.dtype().itemsize + INDEX.itemsize)
+    size += len(job.val_table) * entry.dtype()["features"].itemsize
     key = f"phases.{job.config.phases.index(phase)}.cache_features"
 
     def prepare() -> None:

@@ -378,7 +378,7 @@ class PhaseLoop:
         return {f"val_raw/{key}": metrics[f"val/{key}"] for key in ("score", "loss")}
 
     def _run_validation(self) -> Validated | None:
-        job, feed = self.job, Feed(self.val)
+        job, feed = self.job, Feed(self.frozen.val_source(self.val))
         job.terminal.start("validation", 0, len(job.val_table))
         seen = 0
 
@@ -389,7 +389,8 @@ class PhaseLoop:
 
         try:
             batches = self.together.each(feed, lambda found: self._met_bad("val", found))
-            return validate(self.engine, job.tasks, batches, self.control, self.topology.device, tick)
+            passing = self.frozen.validating(batches)
+            return validate(self.engine, job.tasks, passing, self.control, self.topology.device, tick)
         finally:
             feed.close()
             job.terminal.end()

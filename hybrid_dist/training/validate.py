@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_dist.distributed import Control, Engine
+from hybrid_dist.training.frozen import on_device
 from hybrid_dist.training.tasks import Metrics, Task, score
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def validate(
 
 @torch.no_grad()
 def judge(
-    forward: Callable[[Tensor], Mapping[str, Tensor]],
+    forward: Callable[..., Mapping[str, Tensor]],
     tasks: Sequence[Task],
     batches: Iterable[Batch],
     device: torch.device,
@@ -68,13 +69,13 @@ def judge(
     """What a model in eval mode says about each batch, and what it costs.
 
     Args:
-        forward: uint8 (B, 3, S, S) on `device` → task → raw output.
+        forward: uint8 (B, 3, S, S) on `device` → task → raw output; told as well what is known of a batch's features.
         batches: Rows of -1 are padding, bad pictures are left out.
         tick: Told the number of samples after each batch.
     """
     parts: list[Part] = []
     for batch in batches:
-        outputs = forward(batch.images.to(device, non_blocking=True))
+        outputs = forward(batch.images.to(device, non_blocking=True), **on_device(batch, device))
         part: dict[str, Any] = {}
         for task in tasks:
             target = batch.labels[task.name]

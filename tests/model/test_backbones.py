@@ -344,6 +344,7 @@ def test_a_run_lends_its_matching_backbone(tmp_path):
         save_file({**state, "heads.task_type.linear.bias": torch.zeros(3)}, tmp_path / f"{name}.safetensors")
         (tmp_path / f"{name}.json").write_text(json.dumps({"step": step}))
     assert_holds(loaded(CNN, tmp_path), final)
+    assert_holds(loaded(CNN, tmp_path / "phase_b" / "best.safetensors"), older)
     (tmp_path / "model" / "model.safetensors").unlink()
     assert_holds(loaded(CNN, tmp_path), newer)
     with pytest.raises(UserError, match="has no transformer; its model has cnn, heads"):

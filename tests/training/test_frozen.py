@@ -52,20 +52,23 @@ def folder(config: Path, runs: str) -> Path:
 
 
 class Seen:
-    """What was loaded and run in training."""
+    """What was loaded and run: in training, and in validation."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.turns: dict[str, set[int]] = {}
-        self.runs = 0
+        self.runs = self.judging = self.val_loads = 0
         load, forward = Samples._load, Backbone.forward
 
         def seen_load(samples: Samples, keys: Sequence[Key]) -> Batch:
             if samples.augment.train:
                 self.turns.setdefault(samples.phase, set()).update(turn for turn, _ in keys)
+            else:
+                self.val_loads += 1
             return load(samples, keys)
 
         def seen_forward(branch: Backbone, images: torch.Tensor) -> Features:
             self.runs += branch.frozen and torch.is_grad_enabled()
+            self.judging += branch.frozen and not torch.is_grad_enabled()
             return forward(branch, images)
 
         patch.setattr(Samples, "_load", seen_load)
@@ -90,6 +93,10 @@ def expect_near(run: Path, whole: Path) -> None:
         want, have = (json.loads((each / name).read_text()) for each in (whole, run))
         assert have["step"] == want["step"]
         assert have["metrics"]["val/loss"] == pytest.approx(want["metrics"]["val/loss"], rel=1e-5)
+    wants, haves = (
+        [line for line in read_lines(each / "metrics.jsonl") if "val/loss" in line] for each in (whole, run)
+    )
+    assert [line["val/loss"] for line in haves] == pytest.approx([line["val/loss"] for line in wants], rel=1e-5)
 
 
 def stopped_after(call: Callable[..., int], config: Path, runs: str, step: int, patch: pytest.MonkeyPatch) -> Path:
@@ -115,14 +122,18 @@ def test_same_run_but_for_its_time(
     call: Callable[..., int], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches: features of another view, picture or branch, labels, partners or shares that do not belong to them, a
-    branch that runs or pixels that are loaded although nothing wants them; a resume that reads what the uninterrupted
-    run computed, or the other way round; files that stay; one that was torn, cut off, deleted or made by other weights
-    and is believed."""
+    branch that runs or pixels that are loaded although nothing wants them, also in validation; a resume that reads
+    what the uninterrupted run computed, or the other way round; files that stay; one that was torn, cut off, deleted or
+    made by other weights and is believed."""
     seen = Seen(monkeypatch)
     assert call(config, f"run.dir={config.parent / 'whole'}") == 0
     whole = folder(config, "whole")
     assert seen.turns == {"a": {0, 1}, "b": {0, 1}}
     assert seen.runs == 2 * 8 * 2 + 8, "two branches over two turns, one over one"
+    pictures = len((Path(load_config(config).data.val_csv)).read_text().splitlines()) - 1
+    batches = -(-pictures // 8)
+    assert seen.judging == 3 * (batches + 1), "validation: each frozen branch once a phase, and for the sizes"
+    assert seen.val_loads == (1 + 2) * batches, "phase a's first validation, and both of phase b, which wants pixels"
     assert not (whole / "features").exists()
     assert (whole / "bad_pictures.csv").read_text().count("0011.png") == 1
     (whole / "features" / "b").mkdir(parents=True)  # as if it had been cut off between its end and this one's
