@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hybrid_dist.distributed.engine import EMA, MOMENTS, Piece
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import blocks
 
 _KEY = re.compile(r"^(weight|exp_avg|exp_avg_sq|ema)/(.+)@(\d+)$")
 
@@ -85,8 +86,9 @@ def stream_tensors(
             values = read(name).cpu().contiguous()
             assert (values.shape, values.dtype) == (expected.shape, expected.dtype), name
             data = values.reshape(-1).view(torch.uint8).numpy().data
-            total.update(data)
-            file.write(data)
+            for block in blocks(data):
+                total.update(block)
+                file.write(block)
             tick()
         file.flush()
         os.fsync(file.fileno())

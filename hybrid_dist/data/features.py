@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from hybrid_dist.errors import UserError
+from hybrid_dist.files import blocks
 
 INDEX = np.dtype([("row", "<i8"), ("view", "<i8"), ("made", "<i8")])
 """`made`: when, in nanoseconds."""
@@ -136,10 +137,10 @@ class Log:
 
 
 def _write(handle: int, values: bytes, at: int) -> None:
-    left = memoryview(values)
-    while left:
-        written = os.pwrite(handle, left, at)
-        left, at = left[written:], at + written
+    for left in blocks(memoryview(values)):
+        while left:
+            written = os.pwrite(handle, left, at)
+            left, at = left[written:], at + written
 
 
 def _sum(entry: bytes) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hybrid_dist.config import Config
 from hybrid_dist.doctor.line import Line, fail, ok, warn
+from hybrid_dist.files import blocks
 
 BYTES_A_PARAMETER = 12
 """Of a checkpoint: weight and two moments, fp32."""
@@ -39,7 +40,7 @@ def storage_lines(config: Config, parameters: int) -> Iterator[Line]:
 
 def _probe(place: Path, size: int, free: int) -> Iterator[Line]:
     probe = place / f".hybrid-dist-doctor.{os.getpid()}"
-    data = os.urandom(1 << 20)
+    data = memoryview(os.urandom(1 << 20))
     count = min(PROBE_BYTES, free // 4) >> 20
     if not count:
         return
@@ -47,7 +48,8 @@ def _probe(place: Path, size: int, free: int) -> Iterator[Line]:
         began = time.perf_counter()
         with probe.open("wb") as file:
             for _ in range(count):
-                file.write(data)
+                for block in blocks(data):
+                    file.write(block)
             file.flush()
             os.fsync(file.fileno())
         took = time.perf_counter() - began

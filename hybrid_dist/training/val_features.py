@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hybrid_dist.data.dataset import Batch, Known
 from hybrid_dist.distributed import Control
+from hybrid_dist.files import blocks
 from hybrid_dist.model.backbones import Features
 from hybrid_dist.model.hybrid import Hybrid
 
@@ -114,9 +115,10 @@ class ValFeatures:
 
     def _put(self, tensor: Tensor) -> _Place:
         at = self._file.tell()
-        left = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        while left:
-            left = left[self._file.write(left) :]
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for left in blocks(data):
+            while left:
+                left = left[self._file.write(left) :]
         return _Place(at, tensor.shape, tensor.dtype)
 
     def _read(self, places: Mapping[str, tuple[_Place, ...]]) -> FeatureTensors:
