@@ -24,7 +24,8 @@ from PIL import Image
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.data.annotations import Table, read_training
 from hybrid_dist.data.augment import Augment
-from hybrid_dist.data.dataset import Samples, make_loader
+from hybrid_dist.data.dataset import Samples
+from hybrid_dist.data.loader import make_loader
 from hybrid_dist.data.order import TrainSampler, steps_per_epoch
 from hybrid_dist.data.pictures import decode_picture
 

@@ -13,7 +13,8 @@ from typing import Any
 from hybrid_dist.config import Config, TaskConfig, load_config
 from hybrid_dist.data.annotations import Table, read_training
 from hybrid_dist.data.augment import Augment
-from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader, training_samples
+from hybrid_dist.data.dataset import Samples, training_samples
+from hybrid_dist.data.loader import BatchLoader, make_loader
 from hybrid_dist.data.order import TrainSampler
 from hybrid_dist.data.packed import Packed, Stale, open_packed
 from hybrid_dist.data.source import Source

@@ -1,22 +1,17 @@
-"""Samples as batches: decode, augment, label, in loader processes that only ever see `(turn, row)` keys."""
+"""Samples as batches: decode, augment, label, told nothing but `(turn, row)` keys."""
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import RawArray
-from typing import Any, Literal
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from hybrid_dist.config import Config
 from hybrid_dist.data.annotations import Table
@@ -25,15 +20,9 @@ from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.degrade import Degrade
 from hybrid_dist.data.features import FeatureTensors, Recall
 from hybrid_dist.data.mix import Draw, Mixing, alphas
-from hybrid_dist.data.order import PADDING, Key, TrainSampler, ValSampler
+from hybrid_dist.data.order import PADDING, Key
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.data.pictures import BACKGROUND, PictureError, read_picture
-from hybrid_dist.errors import UserError
-from hybrid_dist.machine import cores
-from hybrid_dist.parent import signal_on_parents_death
-
-MOST_WORKERS = 16
-"""Of `auto`: past this many a rank's accelerator is the slower side, and each worker costs memory."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +171,8 @@ class Samples(Dataset[Batch]):
         packed: Packed | None = None,
         mixing: Mixing | None = None,
         degrade: Degrade | None = None,
-        views: int | None = None,
-        recall: Recall | None = None,
     ) -> None:
-        """`views`: after so many turns everything random begins anew; None: never. `recall`: what is kept of them."""
+        """All views of each sample, of which nothing is kept: `see` says otherwise."""
         self.table = table
         self.packed = packed
         self.augment = augment
@@ -194,12 +181,23 @@ class Samples(Dataset[Batch]):
         self.digest = digest
         self.mixing = mixing
         self.degrade = degrade
-        self.views = views
-        self.recall = recall
+        self.views: int | None = None
+        self.recall: Recall | None = None
         self.whereabouts = Whereabouts(0)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def see(self, views: int | None, recall: Recall | None) -> None:
+        """From here on all that is random begins anew after so many turns (None: never), and this is kept of them."""
+        self.views = views
+        if recall is not None and self.recall is not None and recall.number == self.recall.number:
+            return
+        if self.recall is not None:
+            self.recall.stored.close()
+        if recall is not None:
+            recall.stored.open()
+        self.recall = recall
 
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
@@ -243,7 +241,7 @@ class Samples(Dataset[Batch]):
             shares = np.where(rows == PADDING, np.float32(1), records["share"])
             partners = np.where(rows == PADDING, PADDING, records["partner"])
             mix = Mix(labels("other"), torch.from_numpy(shares), torch.from_numpy(partners))
-        digests = torch.from_numpy(records["digest"].copy()) if self.digest else None
+        digests = torch.from_numpy(records["digest"].copy())
         nothing = torch.empty(len(keys), 3, 0, 0, dtype=torch.uint8)
         return Batch(nothing, labels("own"), torch.from_numpy(rows), digests, mix=mix)
 
@@ -255,6 +253,7 @@ class Samples(Dataset[Batch]):
         shares, others = np.ones(len(keys), np.float32), np.full_like(rows, PADDING)
         images = np.zeros((len(keys), size, size, 3), np.uint8)
         digests = np.zeros(len(keys), np.int64)
+        summed = self.digest or self.recall is not None  # what is read later has no pixels to take it from
         bad: dict[int, str] = {}
         for place, (turn, row) in enumerate(keys):
             if row == PADDING:
@@ -269,14 +268,14 @@ class Samples(Dataset[Batch]):
                 continue
             own, other = _Labels(labels, place), _Labels(partners, place)
             images[place], shares[place], others[place] = self._sample(picture, (turn, row), own, other, bad)
-            if self.digest:
+            if summed:
                 digests[place] = pixel_digest(images[place])
         self.whereabouts.set(PADDING)
         return Batch(
             torch.from_numpy(images).permute(0, 3, 1, 2),  # (m, S, S, 3) → (m, 3, S, S), a view
             _tensors(labels),
             torch.from_numpy(rows),
-            torch.from_numpy(digests) if self.digest else None,
+            torch.from_numpy(digests) if summed else None,
             bad,
             None
             if self.mixing is None
@@ -389,22 +388,6 @@ def pixel_digest(pixels: np.ndarray) -> int:
     return digest - (1 << 64) if digest >> 63 else digest
 
 
-class _Carrier(Dataset["Batch | UserError"]):
-    """Hands a user's error over as a value: torch would turn an exception into a RuntimeError with a traceback."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | UserError:
-        try:
-            return self.samples.__getitems__(keys)
-        except UserError as error:
-            return error
-
-
 def training_samples(
     config: Config,
     table: Table,
@@ -412,160 +395,14 @@ def training_samples(
     phase: str,
     packed: Packed | None,
     balance: Balance | None = None,
-    views: int | None = None,
-    recall: Recall | None = None,
 ) -> Samples:
     """The training split's samples as a config wants them: augmented, mixed, degraded.
 
     Args:
         balance: How likely a row is to be another's partner.
-        views, recall: As in `Samples`.
     """
     data = config.data
     mixing = Mixing(data, config.tasks, len(table), balance) if alphas(data) else None
     degrade = Degrade(data.degrade, config.tasks) if data.degrade else None
     augment = Augment(image_size, config.tasks, train=data.augment)
-    # What is read later has no pixels to take it from.
-    digest = config.debug.trace or recall is not None
-    return Samples(table, augment, config.run.seed, phase, digest, packed, mixing, degrade, views, recall)
-
-
-class BatchLoader:
-    """Batches in the sampler's order. Once for a train sampler's whole phase, as often as you like for val."""
-
-    def __init__(self, loader: DataLoader[Batch | UserError], samples: Samples) -> None:
-        self.loader = loader
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Starts the loader processes, in the calling thread.
-
-        The iterator raises UserError, in this process, when it is that batch's turn, or a loader process has died.
-        """
-        before = signal.getsignal(signal.SIGCHLD)
-        with _signals_held():
-            batches = iter(self.loader)
-        # Torch's handler would raise in the main thread, in whatever it is doing; who asks for a batch finds out too.
-        signal.signal(signal.SIGCHLD, before)
-        return self._batches(batches)
-
-    def _batches(self, batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
-        try:
-            yield from map(_unwrap, batches)
-        except RuntimeError as error:
-            for number, worker in enumerate(getattr(batches, "_workers", ())):
-                if worker.exitcode is not None:
-                    raise UserError(self._died(number, worker.pid, worker.exitcode)) from error
-            raise
-
-    def _died(self, number: int, pid: int, exitcode: int) -> str:
-        how, hint = f"ended with {exitcode}", ""
-        if exitcode < 0:
-            name = signal.Signals(-exitcode).name
-            how, hint = f"was ended by {name}", _HINTS.get(name, "")
-        row = self.samples.whereabouts.row(number)
-        return f"loader process {number} ({pid}) {how}{self._at(row)}{hint}"
-
-    def _at(self, row: int) -> str:
-        if row == PADDING:
-            return ""
-        table = self.samples.table
-        return f" at {table.images / table.filename(row)}"
-
-    def where(self) -> str:
-        """What the loader processes are at."""
-        busy = self.samples.whereabouts.busy()
-        named = [f"loader process {number} ({pid}){self._at(row)}" for number, pid, row in busy[:_NAMED]]
-        return ", ".join(named) + (f" and {len(busy) - _NAMED} more" if len(busy) > _NAMED else "")
-
-
-_NAMED = 3
-_HINTS = {
-    "SIGKILL": "; the system does so where memory runs out: a smaller data.workers would do",
-    "SIGBUS": "; /dev/shm may be full: a smaller data.workers or micro batch, or a larger /dev/shm, would do",
-    "SIGSEGV": "; its decoder may not stand that picture: leave it out",
-}
-
-
-def _unwrap(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
-def make_loader(samples: Samples, sampler: TrainSampler | ValSampler, workers: int, pin_memory: bool) -> BatchLoader:
-    """A loader over `samples` in the order of `sampler`; what it yields does not depend on `workers`."""
-    samples.whereabouts = Whereabouts(workers)
-    cv2.setNumThreads(0)  # before any fork: OpenCV's thread pool does not survive one, and the workers are the threads
-    loader = DataLoader(
-        _Carrier(samples),
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        # Forked workers share the table; spawned ones would each read their own copy.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        persistent_workers=workers > 0,
-        prefetch_factor=2 if workers else None,  # what waits lies in /dev/shm, which containers keep small
-        # Its own, or each iteration would draw from the global one, and dropout after a resume would differ.
-        generator=torch.Generator().manual_seed(0),
-    )
-    return BatchLoader(loader, samples)
-
-
-def resolve_workers(workers: Literal["auto"] | int, local_world_size: int) -> int:
-    """Loader processes for each rank; `auto` shares this machine's cores among its ranks and leaves each rank one."""
-    if workers != "auto":
-        return workers
-    return min(max(cores() // local_world_size - 1, 0), MOST_WORKERS)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Also while it waits for a disk: torch's own look-out for the parent only comes round between two batches.
-    signal_on_parents_death(signal.SIGKILL)
-    _ignore_signals()
-
-
-_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Workers that are forked within it begin with these signals blocked, in every thread that they will have.
-
-    Arrow starts its threads anew in a forked process before any code of ours runs there: one thread that does not
-    block SIGTERM is enough for the signal to end the worker.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_IGNORED, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals() -> None:
-    """A signal to the whole group or job is for the main process, which still needs batches to reach a checkpoint."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return
-    # SIGTERM from the parent is how it ends a worker that it has given up on (and how Python does so at exit).
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    return Samples(table, augment, config.run.seed, phase, config.debug.trace, packed, mixing, degrade)

@@ -7,6 +7,7 @@ of each which view of which row it is, and is written after it. An entry that wa
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -159,6 +160,15 @@ class Stored:
     _where: np.ndarray | None = None
     _open: dict[tuple[int, int], int] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it has seen, which may be large: another process looks for itself."""
+        return self.__dict__ | {"_where": None, "_open": {}}
+
+    def open(self) -> None:
+        """Have looked where the process that it comes from has."""
+        if self._where is None:
+            self.look(path.stem for path in self._files)
+
     def look(self, names: Iterable[str]) -> None:
         """See what is there by now. Of two entries for one view of a row the later counts: the first was torn."""
         self.close()
@@ -218,6 +228,7 @@ class Stored:
 class Recall:
     """How samples take part in it.
 
+    number: each has its own, so that a loader process knows one that it has met.
     filling: the turns in which entries are made: pixels are loaded, and only what is not there yet is named missing.
     pixels: some branch trains, and so wants them in any case.
     """
@@ -225,6 +236,7 @@ class Recall:
     stored: Stored
     filling: bool
     pixels: bool
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 def check_room(path: Path, key: str, needed: int, there: int) -> None:

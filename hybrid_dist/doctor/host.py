@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from hybrid_dist.config import Config
-from hybrid_dist.data.dataset import resolve_workers
+from hybrid_dist.data.loader import resolve_workers
 from hybrid_dist.doctor.line import Line, fail, ok, warn
 
 SHM = Path("/dev/shm")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment
-from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader, resolve_workers
+from hybrid_dist.data.dataset import Samples
+from hybrid_dist.data.loader import BatchLoader, make_loader, resolve_workers
 from hybrid_dist.data.order import ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.errors import UserError

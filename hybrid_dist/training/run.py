@@ -32,9 +32,10 @@ from hybrid_dist.data.annotations import (
 )  # fmt: skip
 from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
-from hybrid_dist.data.dataset import BatchLoader, Samples, make_loader, resolve_workers, training_samples
+from hybrid_dist.data.dataset import Samples, training_samples
 from hybrid_dist.data.degrade import check_degrade
 from hybrid_dist.data.labels import ClassMap
+from hybrid_dist.data.loader import BatchLoader, LoaderPool, resolve_workers
 from hybrid_dist.data.mix import check_mixing
 from hybrid_dist.data.order import TrainSampler, ValSampler, check_divides
 from hybrid_dist.data.packed import Packed, Stale, choose_packed, open_packed
@@ -151,30 +152,46 @@ class Job:
             model.compile_blocks()
         return model
 
-    def train_loader(self, phase: PhaseConfig, start: int, end: int, frozen: Pixels) -> BatchLoader:
-        """A loader of the phase's steps [start, end), for this rank; `frozen`: what is kept of its samples."""
-        config, topology = self.config, self.topology
-        train, seed, size = config.train, config.run.seed, config.size(phase)
-        samples = training_samples(
-            config, self.train_table, size, phase.name, self.packed.get(("train", size)), self.balance,
-            frozen.views, frozen.recall(),
+    @cached_property
+    def train_pool(self) -> LoaderPool:
+        """For the phases by name."""
+        return self._pool(
+            {
+                phase.name: training_samples(
+                    self.config, self.train_table, self.config.size(phase), phase.name,
+                    self.packed.get(("train", self.config.size(phase))), self.balance,
+                )
+                for phase in self.config.phases
+            }
         )  # fmt: skip
+
+    @cached_property
+    def val_pool(self) -> LoaderPool:
+        """For the phases by name."""
+        config, splits = self.config, {}
+        for phase in config.phases:
+            size = config.size(phase)
+            plain, held = Augment(size, config.tasks, train=False), self.packed.get(("val", size))
+            splits[phase.name] = Samples(self.val_table, plain, config.run.seed, phase.name, packed=held)
+        return self._pool(splits)
+
+    def _pool(self, splits: dict[str, Samples]) -> LoaderPool:
+        workers = resolve_workers(self.config.data.workers, self.topology.local_world_size)
+        return LoaderPool(splits, workers, self.topology.device.type == "cuda")
+
+    def train_loader(self, phase: PhaseConfig, start: int, end: int, frozen: Pixels) -> BatchLoader:
+        """The phase's steps [start, end), for this rank; `frozen`: what is kept of its samples."""
+        topology, train = self.topology, self.config.train
         order = TrainSampler(
             len(self.train_table), train.global_batch_size, self.micro_batch,
-            topology.rank, topology.world_size, seed, phase.name, start, end, self.balance,
+            topology.rank, topology.world_size, self.config.run.seed, phase.name, start, end, self.balance,
         )  # fmt: skip
-        return self._loader(samples, order)
+        return self.train_pool.batches(phase.name, order, frozen.views, frozen.recall())
 
     def val_loader(self, phase: PhaseConfig) -> BatchLoader:
-        """A loader of the phase's validation, for this rank."""
-        config, topology, size = self.config, self.topology, self.config.size(phase)
-        plain, held = Augment(size, config.tasks, train=False), self.packed.get(("val", size))
-        val = Samples(self.val_table, plain, config.run.seed, phase.name, packed=held)
-        return self._loader(val, ValSampler(len(self.val_table), self.micro_batch, topology.rank, topology.world_size))
-
-    def _loader(self, samples: Samples, order: TrainSampler | ValSampler) -> BatchLoader:
-        workers = resolve_workers(self.config.data.workers, self.topology.local_world_size)
-        return make_loader(samples, order, workers, self.topology.device.type == "cuda")
+        """The phase's validation, for this rank."""
+        order = ValSampler(len(self.val_table), self.micro_batch, self.topology.rank, self.topology.world_size)
+        return self.val_pool.batches(phase.name, order)
 
 
 def run(config: Config, topology: Topology, stop: Stop, only: str | None, fresh: bool) -> int:
@@ -212,6 +229,8 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     job.saver.newest = found
     sums = _data_sums(job)
     state = agree(topology, lambda: _position(job, found, only, fresh, sums))
+    for pool in (job.train_pool, job.val_pool):  # while this process is small
+        pool.start()
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [agree(topology, lambda: _first_model(job))] if found is None else []
     decide(topology, lambda: _claim_folder(job, fresh, found))

@@ -18,7 +18,8 @@ from PIL import Image
 from hybrid_dist.config import TaskConfig
 from hybrid_dist.data.annotations import read_training
 from hybrid_dist.data.augment import Augment
-from hybrid_dist.data.dataset import Samples, make_loader, pixel_digest, resolve_workers
+from hybrid_dist.data.dataset import Samples, pixel_digest
+from hybrid_dist.data.loader import make_loader, resolve_workers
 from hybrid_dist.data.order import PADDING, TrainSampler, ValSampler
 from hybrid_dist.data.pictures import BACKGROUND
 from hybrid_dist.errors import UserError

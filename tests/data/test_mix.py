@@ -9,7 +9,8 @@ from hybrid_dist.config import DataConfig, TaskConfig
 from hybrid_dist.data.annotations import read_training
 from hybrid_dist.data.augment import Augment, sample_key
 from hybrid_dist.data.balance import Balance
-from hybrid_dist.data.dataset import Samples, make_loader
+from hybrid_dist.data.dataset import Samples
+from hybrid_dist.data.loader import make_loader
 from hybrid_dist.data.mix import WHOLE, Mixing, check_mixing, cutmix, kept, mixup
 from hybrid_dist.data.order import PADDING, TrainSampler
 from hybrid_dist.data.pictures import BACKGROUND
