@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -726,3 +727,25 @@ def test_optimizer_state_goes_along(call: Callable[..., int], config: Path, star
         steps = json.loads(file.metadata()["steps"])
     assert {steps[name] for name in steps if name.startswith("heads.")} == {(best if start == "best" else 9) + 1}
     assert {steps[name] for name in steps if name.startswith("transformer.")} == {1}
+
+
+def test_loader_processes_are_older_than_the_model(call: Callable[..., int], config: Path, monkeypatch: Any) -> None:
+    """Catches: ones that are forked from a process full of weights and moments, which then has to copy every page that
+    it writes to; and new ones in each phase, or each validation."""
+    others = set(multiprocessing.active_children())
+    seen = []
+
+    def look(original: Any) -> Callable[..., Any]:
+        def looked(*arguments: Any, **options: Any) -> Any:
+            seen.append({child.pid for child in set(multiprocessing.active_children()) - others})
+            return original(*arguments, **options)
+
+        return looked
+
+    monkeypatch.setattr(run_module, "build_model", look(run_module.build_model))
+    monkeypatch.setattr(PhaseLoop, "_save", look(PhaseLoop._save))
+    assert call(config, "data.workers=1") == 0
+    assert len(seen) > 6
+    assert all(pids == seen[0] for pids in seen)
+    assert len(seen[0]) == 2, "one for training, one for validation"
+    assert not set(multiprocessing.active_children()) - others
