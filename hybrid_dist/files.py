@@ -23,6 +23,15 @@ def blocks(data: memoryview) -> Iterator[memoryview]:
     return (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
 
 
+def write_at(handle: int, data: memoryview, at: int) -> None:
+    """Write all of it to an open file, from byte `at` on."""
+    for block in blocks(data):
+        left = block
+        while left:
+            written = os.pwrite(handle, left, at)
+            left, at = left[written:], at + written
+
+
 @contextmanager
 def whole_file(path: Path, writer: str = "") -> Iterator[Path]:
     """A hidden file beside `path` to write: at the end it is put on the disk and renamed, after any error it is gone.

@@ -18,7 +18,7 @@ from hybrid_dist.data.annotations import Table
 from hybrid_dist.data.augment import Augment, sample_key
 from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.degrade import Degrade
-from hybrid_dist.data.features import FeatureTensors, Recall
+from hybrid_dist.data.features import FeatureTensors, Places, Recall
 from hybrid_dist.data.mix import Draw, Mixing, alphas
 from hybrid_dist.data.order import PADDING, Key
 from hybrid_dist.data.packed import Packed
@@ -172,7 +172,7 @@ class Samples(Dataset[Batch]):
         mixing: Mixing | None = None,
         degrade: Degrade | None = None,
     ) -> None:
-        """All views of each sample, of which nothing is kept: `see` says otherwise."""
+        """All views of each sample, of which nothing is kept: `see` says otherwise, of what lies in `places`."""
         self.table = table
         self.packed = packed
         self.augment = augment
@@ -183,6 +183,7 @@ class Samples(Dataset[Batch]):
         self.degrade = degrade
         self.views: int | None = None
         self.recall: Recall | None = None
+        self.places: Places | None = None
         self.whereabouts = Whereabouts(0)
 
     def __len__(self) -> int:
@@ -196,7 +197,8 @@ class Samples(Dataset[Batch]):
         if self.recall is not None:
             self.recall.stored.close()
         if recall is not None:
-            recall.stored.open()
+            assert self.places is not None
+            recall.stored.places = self.places
         self.recall = recall
 
     def __getitem__(self, key: Key) -> Batch:

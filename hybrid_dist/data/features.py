@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from hybrid_dist.errors import UserError
-from hybrid_dist.files import blocks
+from hybrid_dist.files import write_at
 
 INDEX = np.dtype([("row", "<i8"), ("view", "<i8"), ("made", "<i8")])
 """`made`: when, in nanoseconds."""
@@ -119,7 +120,7 @@ class Log:
         index["row"], index["view"], index["made"] = records["row"], records["view"], time.time_ns()
         try:
             for handle, size, values in zip(self._handles, self._sizes(), (records, index), strict=True):
-                _write(handle, values.tobytes(), self.count * size)
+                write_at(handle, memoryview(values.tobytes()), self.count * size)
         except OSError:
             self._cut()
             raise
@@ -137,42 +138,49 @@ class Log:
         self._handles = []
 
 
-def _write(handle: int, values: bytes, at: int) -> None:
-    for left in blocks(memoryview(values)):
-        while left:
-            written = os.pwrite(handle, left, at)
-            left, at = left[written:], at + written
-
-
 def _sum(entry: bytes) -> int:
     return xxhash.xxh3_64_intdigest(memoryview(entry)[_SUM:])
 
 
+class Places:
+    """Where the entry for each view of each row lies; in memory shared with processes that are forked after it."""
+
+    def __init__(self, views: int, rows: int) -> None:
+        self.views, self.rows = views, rows
+        self._raw = RawArray("q", views * rows)
+        self.array()[:] = -1
+
+    def array(self) -> np.ndarray:
+        """int64 (views, rows): file and place in it, -1 for none."""
+        return np.frombuffer(self._raw, np.int64).reshape(self.views, self.rows)
+
+
 @dataclass
 class Stored:
-    """All ranks' entries, to read from. Loader processes have it too; each opens the files for itself."""
+    """All ranks' entries, to read from. Loader processes get it without `places`, which they have, and open files."""
 
     folder: Path
     entry: Entry
-    views: int
-    rows: int
+    places: Places
     _files: list[Path] = field(default_factory=list)
-    _where: np.ndarray | None = None
-    _open: dict[tuple[int, int], int] = field(default_factory=dict)
+    _open: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Entries when all are there."""
+        return self.places.views * self.places.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what it has seen, which may be large: another process looks for itself."""
-        return self.__dict__ | {"_where": None, "_open": {}}
-
-    def open(self) -> None:
-        """Have looked where the process that it comes from has."""
-        if self._where is None:
-            self.look(path.stem for path in self._files)
+        return self.__dict__ | {"places": None, "_open": {}}
 
     def look(self, names: Iterable[str]) -> None:
-        """See what is there by now. Of two entries for one view of a row the later counts: the first was torn."""
+        """See what is there by now, for all processes that share `places`.
+
+        Of two entries for one view of a row the later counts: the first was torn.
+        """
         self.close()
-        where, made = (np.full((self.views, self.rows), -1, np.int64) for _ in range(2))
+        views, rows = self.places.views, self.places.rows
+        where, made = (np.full((views, rows), -1, np.int64) for _ in range(2))
         self._files = [self.folder / f"{name}.entries" for name in sorted(names)]
         for number, path in enumerate(self._files):
             try:
@@ -180,21 +188,21 @@ class Stored:
             except OSError:
                 continue
             index = np.frombuffer(raw, INDEX, count=len(raw) // INDEX.itemsize)
-            there = (index["row"] >= 0) & (index["row"] < self.rows) & (index["view"] >= 0)
-            there &= (index["view"] < self.views) & (index["made"] > 0)  # zeros: a page that never came to the disk
+            there = (index["row"] >= 0) & (index["row"] < rows) & (index["view"] >= 0)
+            there &= (index["view"] < views) & (index["made"] > 0)  # zeros: a page that never came to the disk
             slots = np.flatnonzero(there)
             slots = slots[index["made"][slots] > made[index["view"][slots], index["row"][slots]]]
             place = index["view"][slots], index["row"][slots]
             where[place], made[place] = slots + (number << _SLOTS), index["made"][slots]
-        self._where = where
+        self.places.array()[:] = where
 
     def count(self) -> int:
         """Entries that the last look has found."""
-        return 0 if self._where is None else int(np.count_nonzero(self._where >= 0))
+        return int(np.count_nonzero(self.places.array() >= 0))
 
     def read(self, view: int, row: int, into: np.ndarray) -> bool:
         """Read an entry into `into` (1,), zeros before; False where it is missing or torn."""
-        place = -1 if self._where is None else int(self._where[view, row])
+        place = int(self.places.array()[view, row])
         if place < 0:
             return False
         size = into.dtype.itemsize
@@ -212,16 +220,14 @@ class Stored:
         return True
 
     def _handle(self, number: int) -> int:
-        # By process: what a fork has brought along is another's to close.
-        key = os.getpid(), number
-        if key not in self._open:
-            self._open[key] = os.open(self._files[number], os.O_RDONLY)
-        return self._open[key]
+        if number not in self._open:
+            self._open[number] = os.open(self._files[number], os.O_RDONLY)
+        return self._open[number]
 
     def close(self) -> None:
         """Close what this process has opened."""
-        for key in [key for key in self._open if key[0] == os.getpid()]:
-            os.close(self._open.pop(key))
+        for number in list(self._open):
+            os.close(self._open.pop(number))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ class LoaderPool:
         cv2.setNumThreads(0)  # before any fork: OpenCV's threads do not survive one, and the workers are the threads
         self._orders = _Orders()
         self._turn = threading.Lock()
+        self._asked_for: object = None
         self._serves: object = None
+        self._batches: Iterator[Batch | UserError] | None = None
         self._loader = DataLoader(
             _Splits(splits),
             batch_sampler=self._orders,  # type: ignore[arg-type]  # it wants lists; its keys go to __getitems__ as they are
@@ -106,29 +108,46 @@ class LoaderPool:
         )
 
     def start(self) -> None:
-        """Fork, in the calling thread, if there is anything to fork."""
-        self._begin(())
+        """Fork, in the calling thread, if there is anything to fork and it has not been."""
+        if self._batches is not None:
+            return
+        before = signal.getsignal(signal.SIGCHLD)
+        with _signals_held():
+            self._batches = iter(self._loader)
+        # Torch's handler would raise in the main thread, in whatever it does; who asks for a batch finds out too.
+        signal.signal(signal.SIGCHLD, before)
 
     def batches(self, split: str, order: Order, views: int | None = None, recall: Recall | None = None) -> BatchLoader:
         """A split's batches in that order, as `Samples.see` is told."""
         return BatchLoader(self, split, order, views, recall)
 
-    def _begin(self, asked: Iterable[_Asked]) -> tuple[Iterator[Batch | UserError], object]:
-        """Turn to another order; what is still on its way of the last one is dropped."""
-        with self._turn:  # some thread may be fetching a batch of the last one
-            self._orders.now = asked
-            before = signal.getsignal(signal.SIGCHLD)
-            with _signals_held():
-                batches = iter(self._loader)
-            # Torch's handler would raise in the main thread, in whatever it does; who asks for a batch finds out too.
-            signal.signal(signal.SIGCHLD, before)
-            self._serves = ticket = object()
-            return batches, ticket
+    def begin(self) -> object:
+        """A ticket for another order; none before it gets anything more. Waits for nothing."""
+        self.start()
+        self._asked_for = ticket = object()
+        return ticket
 
-    def _next(self, batches: Iterator[Batch | UserError], ticket: object) -> Batch | UserError | None:
-        """None at the end of the order, or when another one has begun."""
+    def next(self, ticket: object, asked: Iterable[_Asked]) -> Batch | UserError | None:
+        """The next batch of what is asked for, None at its end or when another order has begun.
+
+        The first of an order waits until what the processes still have to do for the last one is done, and dropped.
+        """
         with self._turn:
-            return next(batches, None) if self._serves is ticket else None
+            if self._asked_for is not ticket:
+                return None
+            if self._serves is not ticket:
+                self._orders.now = asked
+                self._batches = iter(self._loader)
+                self._serves = ticket
+            assert self._batches is not None
+            return next(self._batches, None)
+
+    def dead(self) -> tuple[int, int, int] | None:
+        """Number, process id and exit code of a process that has ended."""
+        for number, worker in enumerate(getattr(self._batches, "_workers", ())):
+            if worker.exitcode is not None:
+                return number, worker.pid, worker.exitcode
+        return None
 
 
 class BatchLoader:
@@ -141,26 +160,26 @@ class BatchLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Starts the loader processes, if none run, in the calling thread.
+        """Starts the loader processes, in the calling thread, if none run; waits for nothing.
 
         The iterator raises UserError, in this process, when it is that batch's turn, or a loader process has died. It
         ends when the pool turns to another order.
         """
         split, views, recall = self.split, self.views, self.recall  # not `self`: the pool would hold its own holder
-        batches, ticket = self.pool._begin(_Asked(split, views, recall, keys) for keys in self.order)
-        return self._batches(batches, ticket)
+        asked = (_Asked(split, views, recall, keys) for keys in self.order)
+        return self._batches(self.pool.begin(), asked)
 
-    def _batches(self, batches: Iterator[Batch | UserError], ticket: object) -> Iterator[Batch]:
+    def _batches(self, ticket: object, asked: Iterable[_Asked]) -> Iterator[Batch]:
         try:
-            while (batch := self.pool._next(batches, ticket)) is not None:
+            while (batch := self.pool.next(ticket, asked)) is not None:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
         except RuntimeError as error:
-            for number, worker in enumerate(getattr(batches, "_workers", ())):
-                if worker.exitcode is not None:
-                    raise UserError(self._died(number, worker.pid, worker.exitcode)) from error
-            raise
+            dead = self.pool.dead()
+            if dead is None:
+                raise
+            raise UserError(self._died(*dead)) from error
 
     def _died(self, number: int, pid: int, exitcode: int) -> str:
         how, hint = f"ended with {exitcode}", ""

@@ -30,7 +30,8 @@ class Feed:
     """A loader's batches, fetched by a thread: the loop never waits for data in a place where it can't be reached."""
 
     def __init__(self, batches: Iterable[Batch], ahead: int = 1):
-        """Starts the loader's processes, in the caller's thread; `ahead` batches wait ready for the next step."""
+        """Starts the loader's processes, in the caller's thread, if none run; `ahead` batches wait ready for the next
+        step."""
         self._where: Callable[[], str] = getattr(batches, "where", str)
         self._iterator = iter(batches)
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)

@@ -29,6 +29,7 @@ from hybrid_dist.data.features import (
     Entry,
     FeatureTensors,
     Log,
+    Places,
     Recall,
     Stored,
     check_room,
@@ -71,6 +72,24 @@ def views_of(phase: PhaseConfig, frozen: Sequence[str], length: Length) -> tuple
     if length.total <= views * length.per_epoch:
         return None, f"{key} for in its {length.total} steps no picture comes more than {views} times"
     return views, None
+
+
+def key_of(config: Config, phase: PhaseConfig) -> str:
+    """The config's key that says how many views are kept."""
+    return f"phases.{config.phases.index(phase)}.cache_features"
+
+
+def make_places(config: Config, phase: PhaseConfig, rows: int) -> Places | None:
+    """Room for where a phase's features lie, before anything else of them is known.
+
+    Raises:
+        UserError: the disk has no room even for the index of so many.
+    """
+    views = phase.cache_features
+    if views is None:
+        return None
+    check_room(config.folder / FOLDER, key_of(config, phase), views * rows * INDEX.itemsize, 0)
+    return Places(views, rows)
 
 
 def weights_sums(model: Hybrid) -> dict[str, str]:
@@ -162,8 +181,7 @@ class Pixels:
 
     def drop(self) -> None:
         """Rank 0: the phase has ended."""
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,7 @@ class FrozenFeatures(Pixels):
         self.per_epoch = job.length(phase).per_epoch
         self.parts = self.model.frozen()
         place = self.folder / phase.name
-        self.stored = Stored(place, entry, self.turns, len(job.train_table))
+        self.stored = Stored(place, entry, job.places(phase))
         self.log = Log(place, f"{self.topology.rank:05d}", entry)
         self.validation = ValFeatures(place, self.model, tokens, self.topology.control, job.terminal.say)
         self.filling = True
@@ -243,13 +261,13 @@ class FrozenFeatures(Pixels):
             self._problem = self._problem and ""  # said; and nothing is written any more
         names = control.from_main([path.stem for path in self.stored.folder.glob("*.index")])
         self.stored.look(names)
-        left = control.from_main(self.turns * self.stored.rows - self.stored.count())
+        left = control.from_main(self.stored.size - self.stored.count())
         self.filling = start < boundary
         if self.filling:
             return min(boundary, total)
         if left == 0:
             return total
-        what = f"{left:,} of {self.turns * self.stored.rows:,} views"
+        what = f"{left:,} of {self.stored.size:,} views"
         self.job.terminal.say(f"phase {self.phase.name}: the features of {what} are missing, and are computed anew")
         return min((start // self.per_epoch + 1) * self.per_epoch, total)  # and read from their next turn on
 
@@ -370,7 +388,6 @@ def open_features(
     entry = entry_of(_first_features(engine, job.config.size(phase), tokens), job.train_table.labels)
     size = views * len(job.train_table) * (entry.dtype().itemsize + INDEX.itemsize)
     size += len(job.val_table) * entry.dtype()["features"].itemsize
-    key = f"phases.{job.config.phases.index(phase)}.cache_features"
 
     def prepare() -> None:
         with _disk(folder):
@@ -380,7 +397,7 @@ def open_features(
             if changed:
                 job.terminal.say(f"phase {phase.name}: features are made anew, for {' and '.join(changed)} differ")
             there = sum(path.stat().st_size for path in (folder / phase.name).glob("*.*"))
-            check_room(folder / phase.name, key, size, there)
+            check_room(folder / phase.name, key_of(job.config, phase), size, there)
             _begin(folder / phase.name, wanted)
 
     decide(topology, prepare)

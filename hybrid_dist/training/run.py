@@ -34,6 +34,7 @@ from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.balance import Balance
 from hybrid_dist.data.dataset import Samples, training_samples
 from hybrid_dist.data.degrade import check_degrade
+from hybrid_dist.data.features import Places
 from hybrid_dist.data.labels import ClassMap
 from hybrid_dist.data.loader import BatchLoader, LoaderPool, resolve_workers
 from hybrid_dist.data.mix import check_mixing
@@ -48,7 +49,7 @@ from hybrid_dist.machine import forget_peak_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
-from hybrid_dist.training.frozen import Pixels, open_features, views_of, weights_sums
+from hybrid_dist.training.frozen import Pixels, make_places, open_features, views_of, weights_sums
 from hybrid_dist.training.guard import BAD_STEPS, TooManyBad, has_gone_back, note_went_back
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import Layout, Length, PhaseLoop
@@ -155,15 +156,19 @@ class Job:
     @cached_property
     def train_pool(self) -> LoaderPool:
         """For the phases by name."""
-        return self._pool(
-            {
-                phase.name: training_samples(
-                    self.config, self.train_table, self.config.size(phase), phase.name,
-                    self.packed.get(("train", self.config.size(phase))), self.balance,
-                )
-                for phase in self.config.phases
-            }
-        )  # fmt: skip
+        config, table, splits = self.config, self.train_table, {}
+        for phase in config.phases:
+            size = config.size(phase)
+            held = self.packed.get(("train", size))
+            splits[phase.name] = training_samples(config, table, size, phase.name, held, self.balance)
+            splits[phase.name].places = make_places(config, phase, len(table))
+        return self._pool(splits)
+
+    def places(self, phase: PhaseConfig) -> Places:
+        """Where the features lie that the phase keeps, as its loader processes know it."""
+        places = self.train_pool.splits[phase.name].places
+        assert places is not None
+        return places
 
     @cached_property
     def val_pool(self) -> LoaderPool:
@@ -227,10 +232,11 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     resumes = decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job, lambda candidate: check_own(config, candidate)) if resumes else None
     job.saver.newest = found
+    names = [phase.name for phase in config.phases]
     sums = _data_sums(job)
     state = agree(topology, lambda: _position(job, found, only, fresh, sums))
-    for pool in (job.train_pool, job.val_pool):  # while this process is small
-        pool.start()
+    if names.index(state.phase) + 1 < len(names) or not state.finished:
+        agree(topology, lambda: _start_loaders(job))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [agree(topology, lambda: _first_model(job))] if found is None else []
     decide(topology, lambda: _claim_folder(job, fresh, found))
@@ -268,6 +274,15 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     finally:
         job.utilisation.close()
         job.sinks.close()
+
+
+def _start_loaders(job: Job) -> None:
+    """While this process is small."""
+    try:
+        for pool in (job.train_pool, job.val_pool):
+            pool.start()
+    except OSError as error:
+        raise UserError(f"data.workers: no more processes can be started ({error.strerror}); fewer would do") from None
 
 
 def _begins_anew(job: Job, reason: str) -> None:

@@ -6,6 +6,7 @@ bits. They lie in a file without a name, which is gone when the process is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hybrid_dist.data.dataset import Batch, Known
 from hybrid_dist.distributed import Control
-from hybrid_dist.files import blocks
+from hybrid_dist.files import write_at
 from hybrid_dist.model.backbones import Features
 from hybrid_dist.model.hybrid import Hybrid
 
@@ -60,6 +61,7 @@ class ValFeatures:
         """
         self.folder, self.model, self.tokens, self.control, self.say = folder, model, tokens, control, say
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._end = 0
         self._kept: list[_Kept] | None = None
         self._lost = False
 
@@ -80,31 +82,38 @@ class ValFeatures:
             if first:
                 yield from self._first(batches)
             elif self._kept is not None:
-                yield from map(self._carrying, batches, self._kept)
+                for batch, kept in zip(batches, self._kept, strict=True):
+                    yield self._carrying(batch, kept)
             else:
                 yield from batches
         finally:
             self.model.remembers = before
 
     def _carrying(self, batch: Batch, kept: _Kept) -> Batch:
-        return replace(batch, known=Known(self._read(kept.features), torch.zeros(len(batch.rows), dtype=torch.bool)))
+        # A picture that could not be had the first time has another one's features, also if it can be had by now.
+        bad = {**kept.batch.bad, **batch.bad}
+        missing = torch.zeros(len(batch.rows), dtype=torch.bool)
+        return replace(batch, bad=bad, known=Known(self._read(kept.features), missing))
 
     def _first(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         found: list[_Kept] = []
         problem = None
-        self._file.seek(0)
+        self._end = 0
         for batch in batches:
             yield batch
             (given,), self.model.remembered = self.model.remembered, []
             try:
                 if problem is None:
-                    found.append(_Kept(replace(batch, images=batch.images[:, :, :0, :0].clone()), self._write(given)))
+                    found.append(_Kept(_without_pixels(batch), self._write(given)))
             except OSError as error:
                 problem = f"{self.folder}: {error.strerror}"
+            del given  # on its device until then
         problems = [each for each in self.control.to_all(problem) if each]
         if problems:
             self.say(f"warning: {problems[0]}; frozen branches run in each validation")
             self._lost = True
+            with contextlib.suppress(OSError):
+                self._file.truncate(0)  # a full disk needs the room
         else:
             self._kept = found
 
@@ -114,12 +123,11 @@ class ValFeatures:
         }
 
     def _put(self, tensor: Tensor) -> _Place:
-        at = self._file.tell()
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for left in blocks(data):
-            while left:
-                left = left[self._file.write(left) :]
-        return _Place(at, tensor.shape, tensor.dtype)
+        place = _Place(self._end, tensor.shape, tensor.dtype)
+        write_at(self._file.fileno(), data, place.at)
+        self._end += data.nbytes
+        return place
 
     def _read(self, places: Mapping[str, tuple[_Place, ...]]) -> FeatureTensors:
         return {part: tuple(self._get(place) for place in each) for part, each in places.items()}
@@ -132,4 +140,11 @@ class ValFeatures:
 
     def close(self) -> None:
         """The file goes."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _without_pixels(batch: Batch) -> Batch:
+    """A copy that holds nothing of the batch's memory, which may be shared with its loader process, or page-locked."""
+    labels = {task: values.clone() for task, values in batch.labels.items()}
+    return replace(batch, images=batch.images[:, :, :0, :0].clone(), labels=labels, rows=batch.rows.clone())

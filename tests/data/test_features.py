@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_dist.data.features import INDEX, Entry, FeatureTensors, Log, Stored, entry_of
+from hybrid_dist.data.features import INDEX, Entry, FeatureTensors, Log, Places, Stored, entry_of
 from tests.conftest import fill
 
 VIEWS, ROWS = 2, 9
@@ -32,7 +32,7 @@ def records(entry: Entry, features: FeatureTensors, rows: list[int], view: int) 
 
 
 def stored(folder: Path, entry: Entry) -> Stored:
-    found = Stored(folder, entry, VIEWS, ROWS)
+    found = Stored(folder, entry, Places(VIEWS, ROWS))
     found.look(path.stem for path in folder.glob("*.index"))
     return found
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from hybrid_dist.data.augment import Augment
 from hybrid_dist.data.dataset import Samples
 from hybrid_dist.data.loader import LoaderPool, make_loader
 from hybrid_dist.data.order import TrainSampler, ValSampler
+from hybrid_dist.errors import UserError
 
 TASKS = {"type": TaskConfig(kind="classification", column="typename")}
 ROWS = 24
@@ -52,3 +56,23 @@ def test_orders_one_after_the_other(table: Table, workers: int) -> None:
         assert list(left) == []
     assert len({tuple(batch.rows.tolist()) for batch in pool.batches("a", val)}) == ROWS // 4
     assert set(multiprocessing.active_children()) - others == processes
+
+
+def test_processes_that_stand_still_or_die_between_two_orders(table: Table) -> None:
+    """Catches: a loop that waits for one where nobody can ask it to stop; a death without its process and reason."""
+    others = set(multiprocessing.active_children())
+    pool = LoaderPool({"a": Samples(table, Augment(32, TASKS, False), 1, "a")}, 2, pin_memory=False)
+    val = ValSampler(ROWS, 4, 0, 1)
+    assert len(list(pool.batches("a", val))) == ROWS // 4
+    processes = sorted(child.pid or 0 for child in set(multiprocessing.active_children()) - others)
+    os.kill(processes[0], signal.SIGSTOP)
+    rescue = threading.Timer(60, os.kill, (processes[0], signal.SIGCONT))
+    rescue.start()
+    batches = iter(pool.batches("a", val))
+    assert rescue.is_alive(), "it has not waited"
+    rescue.cancel()
+    os.kill(processes[0], signal.SIGCONT)
+    assert len(list(batches)) == ROWS // 4
+    os.kill(processes[1], signal.SIGKILL)
+    with pytest.raises(UserError, match=rf"loader process \d \({processes[1]}\) was ended by SIGKILL"):
+        list(pool.batches("a", val))

@@ -5,9 +5,10 @@ On several processes: tests/distributed/test_trajectory.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from hybrid_dist.config import load_config, parse_config
 from hybrid_dist.data.dataset import Batch, Samples
 from hybrid_dist.data.order import Key
+from hybrid_dist.data.pictures import PictureError
 from hybrid_dist.errors import UserError
 from hybrid_dist.model.backbones import Backbone, Features
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
+from hybrid_dist.training import val_features
 from hybrid_dist.training.frozen import Pixels, identity
 from tests.conftest import read_lines
 from tests.distributed.running import expect_same_run
@@ -206,3 +209,79 @@ def test_where_it_can_not_be(call: Callable[..., int], config: Path, capsys: pyt
     values["data"]["balance"] = "airline"
     with pytest.raises(UserError, match=r"phases\.0\.cache_features: with data\.balance"):
         parse_config(values, "x")
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Their lines, without times and speeds."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "val/loss" in line]
+    return [{key: value for key, value in line.items() if key.startswith(("val", "step"))} for line in lines]
+
+
+def test_validations_that_ask_nothing_twice(
+    call: Callable[..., int], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: another validation than without; one that is stopped half-way and taken for whole; a full disk that ends
+    the run; loader processes that go on with what an early end has left behind; a picture that could not be had at
+    first, and is judged by another one's features once it can."""
+    shape = ["train.ema=0.9", "data.workers=2", "phases.0.steps=40", "phases.0.patience=2", "phases.1.patience=1"]
+
+    def train(runs: str, *more: str) -> Path:
+        found = call(config, f"run.dir={config.parent / runs}", *shape, *more)
+        assert found == (75 if runs == "stopped" else 0)
+        return folder(config, runs)
+
+    whole = validations(train("whole"))
+    assert 2 < len(whole) < 12, "patience ends phase a early"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_features", uncached)
+        plain = validations(train("plain"))
+    assert [line.keys() for line in plain] == [line.keys() for line in whole]
+    assert "val_raw/loss" in {key for line in whole for key in line}
+    for want, have in zip(plain, whole, strict=True):
+        assert have["val/loss"] == pytest.approx(want["val/loss"], rel=1e-5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(val_features, "write_at", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+        assert validations(train("full")) == whole
+    assert "no room; frozen branches run in each validation" in " ".join(capsys.readouterr().err.split())
+
+    validate = phase_module.validate
+
+    def ask_to_stop(engine: Any, tasks: Any, batches: Any, *rest: Any) -> Any:
+        def some() -> Iterator[Any]:
+            yield next(batches)
+            (folder(config, "stopped") / "STOP").touch()
+            yield from batches
+
+        return validate(engine, tasks, some(), *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase_module, "validate", ask_to_stop)
+        train("stopped")
+    shutil.move(config.parent / "stopped", config.parent / "again")
+    assert validations(train("again", f"run.dir={config.parent / 'again'}")) == whole
+
+
+def test_a_validation_picture_that_comes_later(
+    call: Callable[..., int], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: it is judged by the features of what stood for it."""
+    table = Path(load_config(config).data.val_csv)
+    name = table.read_text().splitlines()[5].split(",")[0]
+    picture, seen = Samples.picture, 0
+
+    def late(samples: Samples, row: int) -> Any:
+        nonlocal seen
+        if not samples.augment.train and samples.table.filename(row) == name:
+            seen += 1
+            if seen == 1:
+                raise PictureError(name, "the disk was away")
+        return picture(samples, row)
+
+    monkeypatch.setattr(Samples, "picture", late)
+    phases = json.dumps([PHASES[1] | {"steps": 8}])
+    assert call(config, f"phases={phases}", "data.max_bad=0.2") == 0
+    assert seen == 2, "both validations want its pixels"
+    said = (folder(config, "runs") / "phase_b" / "predictions_val.csv").read_text()
+    assert name not in said
+    assert said.count("\n") == len(table.read_text().splitlines()) - 1
