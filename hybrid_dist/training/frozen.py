@@ -88,8 +88,13 @@ def make_places(config: Config, phase: PhaseConfig, rows: int) -> Places | None:
     views = phase.cache_features
     if views is None:
         return None
-    check_room(config.folder / FOLDER, key_of(config, phase), views * rows * INDEX.itemsize, 0)
+    folder = config.folder / FOLDER / phase.name
+    check_room(folder, key_of(config, phase), views * rows * INDEX.itemsize, _bytes_in(folder))
     return Places(views, rows)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.*"))
 
 
 def weights_sums(model: Hybrid) -> dict[str, str]:
@@ -396,8 +401,7 @@ def open_features(
             changed = _changed(folder / phase.name, wanted)
             if changed:
                 job.terminal.say(f"phase {phase.name}: features are made anew, for {' and '.join(changed)} differ")
-            there = sum(path.stat().st_size for path in (folder / phase.name).glob("*.*"))
-            check_room(folder / phase.name, key_of(job.config, phase), size, there)
+            check_room(folder / phase.name, key_of(job.config, phase), size, _bytes_in(folder / phase.name))
             _begin(folder / phase.name, wanted)
 
     decide(topology, prepare)

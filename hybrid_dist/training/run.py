@@ -232,10 +232,9 @@ def _go(job: Job, only: str | None, fresh: bool) -> int:
     resumes = decide(topology, lambda: _open_folder(job, only, fresh))
     found = _newest(job, lambda candidate: check_own(config, candidate)) if resumes else None
     job.saver.newest = found
-    names = [phase.name for phase in config.phases]
     sums = _data_sums(job)
     state = agree(topology, lambda: _position(job, found, only, fresh, sums))
-    if names.index(state.phase) + 1 < len(names) or not state.finished:
+    if not (state.finished and state.phase == config.phases[-1].name):
         agree(topology, lambda: _start_loaders(job))
     # In a list, for the first phase to take it out: held here it would stay in memory through all the others.
     initial = [agree(topology, lambda: _first_model(job))] if found is None else []

@@ -12,19 +12,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybrid_dist.data.dataset import Batch, Known
+from hybrid_dist.data.features import FeatureTensors
 from hybrid_dist.distributed import Control
 from hybrid_dist.files import write_at
 from hybrid_dist.model.backbones import Features
 from hybrid_dist.model.hybrid import Hybrid
-
-if TYPE_CHECKING:
-    from hybrid_dist.data.features import FeatureTensors
 
 
 @dataclass(frozen=True)
