@@ -1,10 +1,11 @@
 """The whole job beside the plain recipe, and an epoch beside what people use now: ratios of wall-clock time.
 
     python benchmarks/job.py [--config FILE] [--batch 32] [--rates A B C] [--train 3000] [--val 400] [--repeats 3]
-                             [--timm FILE] [--accelerate FILE] [--json FILE]
+                             [--timm FILE] [--accelerate FILE] [--json FILE] [key=value …]
 
 The three phases of a config's pair, from random weights, on the same rendered pictures, for the same epochs, as two
-whole commands by turns: `train.py`, and plain_recipe.py, which is what a script for this would be. Then one task and
+whole commands by turns, each turn with a seed of its own: `train.py`, and plain_recipe.py, which is what a script for
+this would be. Then one task and
 one backbone: an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py
 (`--accelerate`). Those are the projects' own files, run as they are, but that the second has its model, sizes and
 epochs in its code. An epoch is half of the difference between a run of three and one of one.
@@ -68,6 +69,8 @@ class Pair:
     batch: int = BATCH
     epochs: Mapping[str, float] = field(default_factory=lambda: EPOCHS)
     rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    changes: tuple[str, ...] = ()
+    """Of the config."""
 
 
 def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]], pair: Pair) -> tuple[float, float]:
@@ -84,6 +87,7 @@ def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]
         "data.augment=false",
         *(f"model.{part}.weights=scratch" for part in ("cnn", "transformer") if f"model.{part}=null" not in changes),
         f"phases={json.dumps(phases)}",
+        *pair.changes,
         *changes,
     ]
     taken = call([sys.executable, str(ROOT / "train.py"), "--config", str(pair.config), *keys], ROOT, os.cpu_count())
@@ -110,7 +114,7 @@ def plain(data: Path, work: Path, pair: Pair, *extra: str) -> tuple[float, float
     words += ["--config", str(pair.config), "--batch", str(pair.batch)]
     words += ["--epochs", *(f"{name}={value}" for name, value in pair.epochs.items())]
     words += ["--rates", *(f"{name}={value}" for name, value in pair.rates.items())]
-    taken = call([*words, *extra], ROOT)
+    taken = call([*words, *extra, "--changes", *pair.changes], ROOT)
     return taken, float(read_object(out / "score.json")["score"])
 
 
@@ -236,12 +240,15 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     sizes = ["--train", str(arguments.train), "--val", str(arguments.val), "--seed", "0", "--workers", "2"]
     call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(data), *sizes], ROOT)
     rates = dict(zip(RATES, arguments.rates or RATES.values(), strict=True))
-    pair = Pair(arguments.config.resolve(), arguments.batch, EPOCHS, rates)
+    pair = Pair(arguments.config.resolve(), arguments.batch, EPOCHS, rates, tuple(arguments.changes))
     found: dict[str, Any] = {"job": {"ours": [], "plain": []}, "score": {"ours": [], "plain": []}}
     for turn in range(arguments.repeats):
-        both = {"ours": lambda: ours(data, work, [], job_phases(pair), pair), "plain": lambda: plain(data, work, pair)}
+        both = {
+            "ours": lambda seed: ours(data, work, [f"run.seed={seed}"], job_phases(pair), pair),
+            "plain": lambda seed: plain(data, work, pair, "--seed", str(seed)),
+        }
         for name, run in both.items():
-            seconds, score = run()
+            seconds, score = run(turn)
             found["job"][name].append(seconds)
             found["score"][name].append(score)
             print(f"{turn + 1}: {name} {seconds:.0f} s, val/score {score:.3f}", file=sys.stderr, flush=True)
@@ -272,7 +279,8 @@ def main() -> int:
     parser.add_argument("--timm", type=Path, metavar="FILE", help="timm's train.py")
     parser.add_argument("--accelerate", type=Path, metavar="FILE", help="Accelerate's examples/complete_cv_example.py")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config, for the job")
+    arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))
     if arguments.json is not None:

@@ -1,7 +1,7 @@
 """The plain recipe: what a script for this task looks like, from the libraries' own pieces. What others are timed by.
 
     python benchmarks/plain_recipe.py DATA OUT --config FILE --batch 32 --epochs a=2 b=2 c=4
-                                      --rates a=2e-3 b=2e-3 c=4e-3 [--seed 0] [--weights FILE]
+                                      --rates a=2e-3 b=2e-3 c=4e-3 [--seed 0] [--weights FILE] [--changes key=value …]
 
 One process, fp32, PIL and torchvision, loader processes, everything in the graph, AdamW with a warm-up and a cosine,
 a full torch.save each epoch. DATA holds train.csv, train/, val.csv and val/. OUT gets last.pth and score.json: of the
@@ -173,8 +173,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--changes", nargs="*", default=[], help="of the config")
     arguments = parser.parse_args()
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.changes)
     rows = rows_of(arguments.data, "train")
     classes = {task: sorted({row[f"{task}name"] for row in rows} - {""}) for task in ("type", "airline")}
     torch.manual_seed(arguments.seed)
