@@ -1,8 +1,9 @@
 """What the default recipe scores in the time of the plain one, over seeds: rendered pictures, and real ones.
 
-    python benchmarks/equal_time.py [--photos FOLDER] [--weights FILE] [--seeds 3] [--json FILE]
+    python benchmarks/equal_time.py [--photos FOLDER] [--weights FILE] [--seeds 3] [--config FILE] [--batch 32]
+                                    [--epochs A B C] [--rates A B C] [--json FILE] [key=value …]
 
-The quickstart's pair, from random weights or those of a run's model.safetensors. plain_recipe.py trains its three
+A config's pair, from random weights or those of a run's model.safetensors. plain_recipe.py trains its three
 phases; then `train.py` trains them with its defaults, but that it keeps what frozen branches give, and like the plain
 recipe augments nothing; all their epochs times a factor, so that as whole commands both take the same time.
 The factor comes from two runs of train.py per data set, of as many epochs and of twice as many.
@@ -16,40 +17,41 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from job import EPOCHS, ROOT, Pair, call, job_phases, ours, plain
+from job import ROOT, Pair, call, job_phases, ours, pair_of, pair_options, plain
 
 MARGIN = 0.97
 """Of the plain recipe's time, for what varies from run to run."""
 
 
-def default(data: Path, work: Path, factor: float, seed: int, weights: Path | None) -> tuple[float, float]:
+def default(data: Path, work: Path, once: Pair, factor: float, seed: int, weights: Path | None) -> tuple[float, float]:
     """Seconds and score of train.py with so many times the epochs."""
-    pair = Pair(epochs={name: round(factor * epochs, 3) for name, epochs in EPOCHS.items()})
+    pair = replace(once, epochs={name: round(factor * epochs, 3) for name, epochs in once.epochs.items()})
     changes = [f"run.seed={seed}"]
     if weights is not None:
         changes += [f"model.{part}.weights={weights}" for part in ("cnn", "transformer")]
     return ours(data, work, changes, job_phases(pair), pair)
 
 
-def factor_of(data: Path, work: Path, weights: Path | None, plain_seconds: float) -> float:
+def factor_of(data: Path, work: Path, pair: Pair, weights: Path | None, plain_seconds: float) -> float:
     """How many times the epochs fit into the plain recipe's time."""
-    once, twice = (default(data, work, times, 99, weights)[0] for times in (1, 2))
+    once, twice = (default(data, work, pair, times, 99, weights)[0] for times in (1, 2))
     start_up = once - (twice - once)
     return max(1.0, (MARGIN * plain_seconds - start_up) / (twice - once))
 
 
-def measure(data: Path, work: Path, seeds: int, weights: Path | None) -> dict[str, Any]:
+def measure(data: Path, work: Path, pair: Pair, seeds: int, weights: Path | None) -> dict[str, Any]:
     """Both recipes with each seed, by turns."""
     found: dict[str, Any] = {"plain": [], "default": []}
     factor = None
     extra = ["--weights", str(weights)] if weights is not None else []
     for seed in range(seeds):
-        found["plain"].append(plain(data, work, Pair(), "--seed", str(seed), *extra))
-        factor = factor or factor_of(data, work, weights, found["plain"][0][0])
-        found["default"].append(default(data, work, factor, seed, weights))
+        found["plain"].append(plain(data, work, pair, "--seed", str(seed), *extra))
+        factor = factor or factor_of(data, work, pair, weights, found["plain"][0][0])
+        found["default"].append(default(data, work, pair, factor, seed, weights))
         print(f"{data.name}, seed {seed}: {found['plain'][-1]}, {found['default'][-1]}", file=sys.stderr, flush=True)
     return {"factor": factor, **found}
 
@@ -60,8 +62,9 @@ def main() -> None:
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    pair_options(parser)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     weights = arguments.weights.resolve() if arguments.weights is not None else None
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +73,7 @@ def main() -> None:
         call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(work / "rendered"), *sizes], ROOT)
         sets = [work / "rendered", *([arguments.photos.resolve()] if arguments.photos is not None else [])]
         for data in sets:
-            found[data.name] = measure(data, work, arguments.seeds, weights)
+            found[data.name] = measure(data, work, pair_of(arguments), arguments.seeds, weights)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, facts in found.items():

@@ -1,7 +1,7 @@
 """The whole job beside the plain recipe, and an epoch beside what people use now: ratios of wall-clock time.
 
-    python benchmarks/job.py [--config FILE] [--batch 32] [--rates A B C] [--train 3000] [--val 400] [--repeats 3]
-                             [--timm FILE] [--accelerate FILE] [--json FILE] [key=value …]
+    python benchmarks/job.py [--config FILE] [--batch 32] [--epochs A B C] [--rates A B C] [--train 3000] [--val 400]
+                             [--repeats 3] [--timm FILE] [--accelerate FILE] [--json FILE] [key=value …]
 
 The three phases of a config's pair, from random weights, on the same rendered pictures, for the same epochs, as two
 whole commands by turns, each turn with a seed of its own: `train.py`, and plain_recipe.py, which is what a script for
@@ -71,6 +71,21 @@ class Pair:
     rates: Mapping[str, float] = field(default_factory=lambda: RATES)
     changes: tuple[str, ...] = ()
     """Of the config."""
+
+
+def pair_options(parser: argparse.ArgumentParser) -> None:
+    """What `pair_of` reads."""
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    for name, values in {"epochs": EPOCHS, "rates": RATES}.items():
+        three = list(values.values())
+        parser.add_argument(f"--{name}", type=float, nargs=3, default=three, help="of the three phases, for both")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config")
+
+
+def pair_of(arguments: argparse.Namespace) -> Pair:
+    epochs, rates = (dict(zip(RATES, values, strict=True)) for values in (arguments.epochs, arguments.rates))
+    return Pair(arguments.config.resolve(), arguments.batch, epochs, rates, tuple(arguments.changes))
 
 
 def ours(data: Path, work: Path, changes: list[str], phases: list[dict[str, Any]], pair: Pair) -> tuple[float, float]:
@@ -239,8 +254,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     data = work / "data"
     sizes = ["--train", str(arguments.train), "--val", str(arguments.val), "--seed", "0", "--workers", "2"]
     call([sys.executable, "-m", "hybrid_dist.cli", "synth", str(data), *sizes], ROOT)
-    rates = dict(zip(RATES, arguments.rates or RATES.values(), strict=True))
-    pair = Pair(arguments.config.resolve(), arguments.batch, EPOCHS, rates, tuple(arguments.changes))
+    pair = pair_of(arguments)
     found: dict[str, Any] = {"job": {"ours": [], "plain": []}, "score": {"ours": [], "plain": []}}
     for turn in range(arguments.repeats):
         both = {
@@ -270,16 +284,13 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 def main() -> int:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--rates", type=float, nargs=3, metavar="RATE", help="of the three phases, for both")
+    pair_options(parser)
     parser.add_argument("--train", type=int, default=3000)
     parser.add_argument("--val", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timm", type=Path, metavar="FILE", help="timm's train.py")
     parser.add_argument("--accelerate", type=Path, metavar="FILE", help="Accelerate's examples/complete_cv_example.py")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the config, for the job")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))

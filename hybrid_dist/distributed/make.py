@@ -12,6 +12,7 @@ from hybrid_dist.config import TrainConfig
 from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
+from hybrid_dist.machine import keep_freed_memory
 from hybrid_dist.model.depthwise import hasten
 
 
@@ -35,6 +36,7 @@ def make_engine(
     """
     if topology.device.type == "cpu":
         hasten(model)
+        keep_freed_memory()
     options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
     engine: Engine
     if topology.accelerator.distributed_type != DistributedType.DEEPSPEED:
