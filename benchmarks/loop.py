@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from hybrid_dist.config import load_config
+from hybrid_dist.data.loader import make_loader
 from hybrid_dist.distributed import Topology, leave, start
 from hybrid_dist.training import run as runner
 from hybrid_dist.training.feed import Feed
-from hybrid_dist.training.frozen import Pixels
 from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.phase import PhaseLoop
 from hybrid_dist.training.stop import Stop
@@ -48,7 +48,9 @@ def bare_loop(loop: PhaseLoop, topology: Topology) -> Callable[[], None]:
     model.train()
     groups = param_groups(model, train.weight_decay, None, peak_rates(model, phase))
     optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-    batches = iter(job.train_loader(phase, 0, loop.length.total, Pixels(job.folder)))
+    # Loader processes of its own: the run's serve one order at a time.
+    samples, order = job.train_pool.splits[phase.name], job.train_order(phase, 0, loop.length.total)
+    batches = iter(make_loader(samples, order, workers=1, pin_memory=False))
     tasks, dtype = job.tasks, {"bf16": torch.bfloat16, "fp32": None}[train.precision]
 
     def loss_of(outputs: dict[str, torch.Tensor], batch: Any) -> torch.Tensor:

@@ -186,12 +186,16 @@ class Job:
 
     def train_loader(self, phase: PhaseConfig, start: int, end: int, frozen: Pixels) -> BatchLoader:
         """The phase's steps [start, end), for this rank; `frozen`: what is kept of its samples."""
+        order = self.train_order(phase, start, end)
+        return self.train_pool.batches(phase.name, order, frozen.views, frozen.recall())
+
+    def train_order(self, phase: PhaseConfig, start: int, end: int) -> TrainSampler:
+        """The samples of the phase's steps [start, end), for this rank."""
         topology, train = self.topology, self.config.train
-        order = TrainSampler(
+        return TrainSampler(
             len(self.train_table), train.global_batch_size, self.micro_batch,
             topology.rank, topology.world_size, self.config.run.seed, phase.name, start, end, self.balance,
         )  # fmt: skip
-        return self.train_pool.batches(phase.name, order, frozen.views, frozen.recall())
 
     def val_loader(self, phase: PhaseConfig) -> BatchLoader:
         """The phase's validation, for this rank."""
