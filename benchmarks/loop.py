@@ -5,8 +5,8 @@
 A training runs as it always does. After each of its steps a twin, which began with the same weights, makes a bare one
 with batches of a loader of its own: forward, loss, backward, clip, update, as a script of 20 lines has it; in one
 process with torch alone, under a launch file with DeepSpeed or DDP alone. Both have a loader process, and the same
-depthwise kernels. So whatever else the machine does slows both down. The ratio is that of the sums of the steps' times, but for the first five, with a 95 %
-interval by bootstrap over blocks of ten steps.
+depthwise kernels. So whatever else the machine does slows both down. The ratio is that of the sums of the steps' times,
+but for the first five, with a 95 % interval by bootstrap over blocks of ten steps.
 """
 
 from __future__ import annotations
