@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-LARGEST_KEPT = 256 << 20
-"""Bytes of a block from which on it goes back to the system once it is freed."""
+LARGEST_KEPT = 32 << 20
+"""Bytes of a block from which on it goes back to the system once it is freed: as far as glibc's own limit grows."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """As <malloc.h> of glibc has them."""
 
@@ -22,14 +22,20 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed tensors for the next ones, as torch does on a GPU.
 
-    By default glibc gives large blocks back at once: each step then takes fresh pages for all of its activations, which
-    the system has to clear. Where the C library knows no such setting, or refuses it, nothing happens.
+    By default glibc gives back what is free at the end of its heap, so that each step takes fresh pages for what it
+    computes, which the system has to clear. Where the C library knows no such setting, nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         # In this order: either alone would end the limits' own growth, and leave the first as small as it begins.
         if mallopt(_MMAP_THRESHOLD, LARGEST_KEPT):
             mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library give all that is free back to the system, wherever it lies; it takes milliseconds."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cores() -> int:

@@ -45,7 +45,7 @@ from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Engine, Topology, agree, decide, differences, explained, make_engine
 from hybrid_dist.errors import UserError
 from hybrid_dist.files import write_atomic
-from hybrid_dist.machine import forget_peak_memory
+from hybrid_dist.machine import forget_peak_memory, give_back_freed_memory
 from hybrid_dist.model.hybrid import Hybrid, build_model, check_model, describe, fit_weights
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import DESCRIPTION, describe_model
@@ -749,6 +749,7 @@ def _engine(job: Job, model: Hybrid, groups: list[dict[str, Any]]) -> Iterator[E
         yield engine
     finally:
         engine.close()
+        give_back_freed_memory()  # the next phase lays its own out
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
