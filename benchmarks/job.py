@@ -5,10 +5,9 @@
 
 The three phases of a config's pair, from random weights, on the same rendered pictures, for the same epochs, as two
 whole commands by turns, each turn with a seed of its own: `train.py`, and plain_recipe.py, which is what a script for
-this would be. Then one task and
-one backbone: an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's complete_cv_example.py
-(`--accelerate`). Those are the projects' own files, run as they are, but that the second has its model, sizes and
-epochs in its code. An epoch is half of the difference between a run of three and one of one.
+this would be. Then one task and one backbone: an epoch of `train.py`, of timm's train.py (`--timm`) and of Accelerate's
+complete_cv_example.py (`--accelerate`). Those are the projects' own files, run as they are, but that the second has its
+model, sizes and epochs in its code. An epoch is half of the difference between a run of three and one of one.
 """
 
 from __future__ import annotations
@@ -84,6 +83,7 @@ def pair_options(parser: argparse.ArgumentParser) -> None:
 
 
 def pair_of(arguments: argparse.Namespace) -> Pair:
+    """What `pair_options` has read."""
     epochs, rates = (dict(zip(RATES, values, strict=True)) for values in (arguments.epochs, arguments.rates))
     return Pair(arguments.config.resolve(), arguments.batch, epochs, rates, tuple(arguments.changes))
 
