@@ -436,7 +436,7 @@ def _read_header(csv: Path) -> list[str]:
     try:
         _, header = next(_records(csv), (0, []))
     except FileNotFoundError:
-        raise UserError(f"no annotations {csv}") from None
+        raise UserError(f"no annotations {csv}; a path is taken from where the command is given, or absolute") from None
     except (OSError, csv_module.Error) as error:
         raise UserError(f"{csv}: can't be read: {error}") from None
     if not header:
