@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ class Engine(ABC):
     """The bare model. Under ZeRO 3 its parameters are partitioned: for names, modes and eval, not for values."""
     average: Average | None = None
     """Of the weights that this rank updates, once `keep_average` has been called."""
+    _bad: Callable[[], Tensor] | None = None
 
     @abstractmethod
     def forward(self, images: Tensor, **known: Any) -> dict[str, Tensor]:
@@ -87,11 +88,31 @@ class Engine(ABC):
     def step(self) -> None:
         """Clip, update, and clear the gradients."""
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over the ranks of a tensor on the device, in place; no host waits for it."""
-        if self.topology.world_size > 1:
-            dist.all_reduce(values)
-        return values
+    def total(self, values: Tensor, bad: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        """Begin to sum a tensor on the device over the ranks, in place; what is returned waits for it, and gives it.
+
+        Where `bad` of the sum is True the step under way changes no weight. It is asked when all gradients are there:
+        until then no rank has to wait for the others' sake.
+        """
+        work = dist.all_reduce(values, async_op=True) if self.topology.world_size > 1 else None
+
+        def total() -> Tensor:
+            if work is not None:
+                work.wait()
+            return values
+
+        self._bad = lambda: bad(total())
+        return total
+
+    def _spoil(self, trainable: Sequence[nn.Parameter]) -> None:
+        """Make a gradient no number if the step is to be left out, which whatever updates the weights then does.
+
+        No host waits for the device.
+        """
+        bad, self._bad = self._bad, None
+        if bad is not None:
+            gradient = next(p.grad for p in reversed(trainable) if p.grad is not None)
+            gradient.masked_fill_(bad(), torch.nan)
 
     @abstractmethod
     def left_out(self) -> Tensor:

@@ -47,6 +47,7 @@ class PlainEngine(Engine):
         self.accelerator.backward(loss * self.topology.world_size)
 
     def step(self) -> None:
+        self._spoil(self.trainable)
         self.norm = self.accelerator.clip_grad_norm_(self.trainable, self.clip_norm)
         if self.accelerator.scaler is None:
             assert self.norm is not None

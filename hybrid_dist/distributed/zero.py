@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,16 +63,6 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
-def _in_its_span(step: Callable[..., None]) -> Callable[..., None]:
-    """DeepSpeed's step, which Accelerate calls within its backward: who measures the parts is to tell them apart."""
-
-    def measured_step(*arguments: Any, **options: Any) -> None:
-        with span(OPTIMIZER):
-            step(*arguments, **options)
-
-    return measured_step
-
-
 class ZeroEngine(Engine):
     """A DeepSpeed engine. What requires a gradient is fixed when it is made: a phase has its own."""
 
@@ -80,13 +71,16 @@ class ZeroEngine(Engine):
         self.accelerator = topology.accelerator
         self.model = model
         self.engine, self.prepared = self.accelerator.prepare(model, optimizer)
-        self.engine.step = _in_its_span(self.engine.step)
         self.zero = self.engine.optimizer
         self.stage = self.engine.zero_optimization_stage()
         self.clip_norm = clip_norm
         self.norm: Tensor | None = None
+        self.engine.step = functools.partial(self._step, self.engine.step)
         if self.stage == 0:
+            self.trainable = [p for p in model.parameters() if p.requires_grad]
             self.zero.register_step_pre_hook(self._clip)
+        else:
+            self.zero._update_scale = functools.partial(self._look, self.zero._update_scale)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -108,10 +102,23 @@ class ZeroEngine(Engine):
     def step(self) -> None:
         """Nothing: `backward` of the last micro batch has made the step."""
 
+    def _step(self, step: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """DeepSpeed's, which Accelerate calls within its backward: who measures the parts is to tell them apart."""
+        with span(OPTIMIZER):
+            if self.stage == 0:
+                self._spoil(self.trainable)
+            step(*arguments, **options)
+
+    def _look(self, update_scale: Callable[[bool], None], overflow: bool) -> None:
+        """Where ZeRO 1 to 3 decide, after they have looked at the gradients themselves, whether to leave a step out."""
+        bad, self._bad = self._bad, None
+        if bad is not None and bad():
+            self.zero.overflow = overflow = True
+        update_scale(overflow)
+
     def _clip(self, *_: Any) -> None:
         """Before a stage 0 optimizer's step: gradients are reduced and unscaled by now."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.norm = nn.utils.clip_grad_norm_(trainable, self.clip_norm)
+        self.norm = nn.utils.clip_grad_norm_(self.trainable, self.clip_norm)
         if self._scaler() is None:
             self.optimizer.found_inf = not_finite(self.norm)  # type: ignore[attr-defined]
 
@@ -216,4 +223,5 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         # Destroys DeepSpeed's engine, hooks and buffers with it.
         self.accelerator.free_memory()
+        self.trainable = []
         del self.engine, self.prepared, self.zero, self.model

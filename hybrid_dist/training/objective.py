@@ -65,22 +65,14 @@ class Objective:
                 part = torch.exp(-s) * part + 0.5 * s * (task.labelled(target, mixed).sum() / labels)
             loss = task.weight * part if loss is None else loss + task.weight * part
         assert loss is not None and samples is not None
+        # An output that is no number, but has no label, is to be seen in the gradients: a mask would swallow it.
+        loss = loss + 0.0 * torch.stack([output.float().sum() for output in outputs.values()]).sum()
         plain = sum((task.weight * part for task, part in zip(self.tasks, parts, strict=True)), parts[0].new_zeros(()))
         return MicroLoss(loss, torch.stack([plain, *parts]), samples)
 
-    def poison(self, micro: MicroLoss, outputs: Mapping[str, Tensor], totals: Tensor) -> Tensor:
-        """The loss, or where the global batch's is no number or too large, one whose gradients are no numbers.
-
-        No engine updates weights with those, whatever has been accumulated: so a bad step is left out on all ranks
-        without any of them having to wait for its device.
-
-        Args:
-            totals: (1 + tasks,), the global batch's.
-        """
-        bad = ~torch.isfinite(totals).all() | (totals[0] > self.limit)
-        # Through the outputs: a loss without labels is masked, and a mask would swallow it.
-        reach = torch.stack([output.float().sum() for output in outputs.values()]).sum()
-        return micro.loss + torch.where(bad, torch.nan, 0.0) * reach
+    def bad(self, totals: Tensor) -> Tensor:
+        """(), whether the global batch's losses, (1 + tasks,), are no numbers or too large."""
+        return ~torch.isfinite(totals).all() | (totals[0] > self.limit)
 
 
 def mixed_with(batch: Batch, task: str, device: torch.device | None = None) -> Mixed | None:

@@ -76,7 +76,7 @@ def train_step(
         engine.model.train()
     noise = cast("Hybrid", engine.model).noise
     world, rank = engine.topology.world_size, engine.topology.rank
-    totals = torch.zeros(1 + len(objective.tasks), device=device)
+    shares = torch.zeros(1 + len(objective.tasks), device=device)
     samples = []
     for index, batch in enumerate(batches):
         last, size = index == len(batches) - 1, len(batch.rows)
@@ -88,19 +88,16 @@ def train_step(
                 noise.begin(sample_keys(seed, first, size, device))
                 outputs = engine.forward(batch.images.to(device, non_blocking=True), **on_device(batch, device))
                 micro = objective(outputs, batch, counts)
-                totals += micro.shares
+                shares += micro.shares
                 samples.append(micro.samples)
-                loss = micro.loss
-                if last:
-                    # Before the last backward: under ZeRO it makes the update, too.
-                    totals = engine.total(totals)
-                    loss = objective.poison(micro, outputs, totals)
+                if last:  # under way while gradients are made; under ZeRO `backward` makes the update, too
+                    totals = engine.total(shares, objective.bad)
             with span(BACKWARD):
-                engine.backward(loss, last)
+                engine.backward(micro.loss, last)
     with span(OPTIMIZER):
         engine.step()
     noise.end()
-    return StepLosses(torch.cat([totals, engine.left_out().view(1)]), samples)
+    return StepLosses(torch.cat([totals(), engine.left_out().view(1)]), samples)
 
 
 def step_seed(seed: int, phase: str, step: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,27 +125,31 @@ def test_balance_of_a_task_with_one_class() -> None:
     assert torch.autograd.grad(found.loss, s)[0][0] == 0
 
 
-@pytest.mark.parametrize("total", [NAN, math.inf, 1e9])
-def test_poison_reaches_where_there_is_no_label(total: float) -> None:
-    """Catches: a bad step whose last micro batch has no label, whose mask swallows what is to spoil the gradients."""
-    logits = torch.zeros(2, 3, requires_grad=True)
+@pytest.mark.parametrize("output", [0.0, NAN, math.inf])
+def test_outputs_without_a_label(output: float) -> None:
+    """Catches: outputs that are no numbers, have no label, and whose mask swallows what is to spoil the gradients."""
+    logits = torch.full((2, 3), output, requires_grad=True)
     outputs, batch = micro([-1, -1], [NAN, NAN], logits, torch.zeros(2, requires_grad=True))
-    own = objective()
-    part = own(outputs, batch, {"type": 4, "clarity": 2})
-    own.poison(part, outputs, torch.tensor([total, 0.0, 0.0])).backward(retain_graph=True)
-    assert logits.grad.isnan().all()
-    logits.grad = None
-    own.poison(part, outputs, torch.tensor([1.0, 0.0, 0.0])).backward()
-    assert (logits.grad == 0).all()
+    found = objective()(outputs, batch, {"type": 4, "clarity": 2})
+    assert bool(found.loss.isnan()) == (output != 0) and found.shares.tolist() == [0, 0, 0]
+    found.loss.backward()
+    assert (logits.grad == 0).all() == (output == 0)
+
+
+@pytest.mark.parametrize(("totals", "bad"), [([1.0, 0.5, 0.0], False), ([1.0, NAN, 0.0], True), ([1e9, 1, 1], True)])
+def test_bad_losses(totals: list[float], bad: bool) -> None:
+    """Catches: a task's loss that is no number, or one that is beyond the limit, and passes."""
+    assert bool(objective().bad(torch.tensor(totals))) == bad
 
 
 def test_a_bad_step_changes_nothing(call: Callable[..., int], config: Path, monkeypatch: Any, capsys: Any) -> None:
     """Catches: weights, moments or counts that a bad step touches; bad gradients of a good loss that are let pass."""
-    poison = Objective.poison
+    losses = Objective.__call__
 
-    def root_of_nothing(own: Objective, part: Any, outputs: Any, totals: Any) -> Any:
-        clean = poison(own, part, outputs, totals)
-        return clean + 0.0 * (0.0 * outputs["type"].sum()).sqrt() if spoiled else clean  # 0 × ∞ in its gradient
+    def root_of_nothing(own: Objective, outputs: Any, *rest: Any) -> Any:
+        clean = losses(own, outputs, *rest)
+        # 0 × ∞ in its gradient
+        return replace(clean, loss=clean.loss + 0.0 * (0.0 * outputs["type"].sum()).sqrt()) if spoiled else clean
 
     spoiled, made, make_step = False, 0, phase_module.train_step
 
@@ -155,7 +160,7 @@ def test_a_bad_step_changes_nothing(call: Callable[..., int], config: Path, monk
         return make_step(*arguments)
 
     monkeypatch.setattr(phase_module, "train_step", step)
-    monkeypatch.setattr(Objective, "poison", root_of_nothing)
+    monkeypatch.setattr(Objective, "__call__", root_of_nothing)
     kept: dict[str, dict[str, torch.Tensor]] = {}
     begin = Saver.begin
 
