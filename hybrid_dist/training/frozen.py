@@ -44,8 +44,8 @@ from hybrid_dist.model.hybrid import Hybrid
 from hybrid_dist.training.val_features import ValFeatures
 
 if TYPE_CHECKING:
+    from hybrid_dist.training.job import Job
     from hybrid_dist.training.phase import Length
-    from hybrid_dist.training.run import Job
 
 FOLDER = "features"
 MANIFEST = "manifest.json"

@@ -37,7 +37,7 @@ from hybrid_dist.training.validate import Validated, metrics_of, predictions_csv
 
 if TYPE_CHECKING:
     from hybrid_dist.data.dataset import Batch
-    from hybrid_dist.training.run import Job
+    from hybrid_dist.training.job import Job
 
 
 BAD_PICTURES = "bad_pictures"

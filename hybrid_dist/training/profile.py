@@ -26,7 +26,7 @@ from hybrid_dist.training.profile_trace import MARK, allocated, joined, operatio
 if TYPE_CHECKING:
     from torch.profiler import profile
 
-    from hybrid_dist.training.run import Job
+    from hybrid_dist.training.job import Job
 
 FOLDER = "profile"
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -26,6 +26,7 @@ import train
 from hybrid_dist import cli
 from hybrid_dist.checkpoint import Found, Store
 from hybrid_dist.config import load_config
+from hybrid_dist.training import job as job_module
 from hybrid_dist.training import phase as phase_module
 from hybrid_dist.training import run as run_module
 from hybrid_dist.training.phase import PhaseLoop
@@ -111,7 +112,7 @@ def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, 
     assert call(config, f"run.dir={config.parent / 'whole'}") == 0
     whole, run = folder(config, "whole"), folder(config)
     bests = {name: json.loads((whole / f"phase_{name}/best.json").read_text())["step"] for name in "abc"}
-    publish = run_module.publish_best
+    publish = job_module.publish_best
 
     def cut_off(where: Path, newest: Found, *tick: Any, **more: Any) -> None:
         if newest.path.name in {f"{name}-{step}" for name, step in bests.items()} and newest.path.name not in seen:
@@ -120,7 +121,7 @@ def test_cut_off_before_the_best_is_out(call: Callable[..., int], config: Path, 
         publish(where, newest, *tick, **more)
 
     seen: set[str] = set()
-    monkeypatch.setattr(run_module, "publish_best", cut_off)
+    monkeypatch.setattr(job_module, "publish_best", cut_off)
     for _ in range(3):
         with pytest.raises(CutOff):
             call(config)
@@ -742,7 +743,7 @@ def test_loader_processes_are_older_than_the_model(call: Callable[..., int], con
 
         return looked
 
-    monkeypatch.setattr(run_module, "build_model", look(run_module.build_model))
+    monkeypatch.setattr(job_module, "build_model", look(job_module.build_model))
     monkeypatch.setattr(PhaseLoop, "_save", look(PhaseLoop._save))
     assert call(config, "data.workers=1") == 0
     assert len(seen) > 6
