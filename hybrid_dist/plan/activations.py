@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_dist.errors import UserError
+from hybrid_dist.model.backbones import Features
 from hybrid_dist.plan.fake import FakeModel
 from hybrid_dist.plan.policy import FP32_ON_CUDA, Policy, saves_uncast
 from hybrid_dist.plan.work import Costs, Tally, Work, work
@@ -76,18 +77,19 @@ class Timeline:
         return round(self.saved_fixed + self.saved_per_sample * micro_batch)
 
 
-def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) -> Timeline:
+def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool, given: Sequence[str] = ()) -> Timeline:
     """Run what now requires a gradient in `fake` at two micro batches.
 
     Args:
         precision: As `train.precision`.
         device: `cuda` or `cpu`, whose autocast it is.
         uncast_linear: ZeRO 3's linear layers.
+        given: The branches that do not run, for their features are there.
 
     Raises:
         UserError: what the model does depends on the number of pictures.
     """
-    small, large = (trace(fake, size, precision, device, uncast_linear) for size in SIZES)
+    small, large = (trace(fake, size, precision, device, uncast_linear, given) for size in SIZES)
     if len(small.live) != len(large.live):
         raise UserError("model: it does other operations for more pictures, so two runs don't tell what others take")
     between = SIZES[1] - SIZES[0]
@@ -98,17 +100,21 @@ def timeline(fake: FakeModel, precision: str, device: str, uncast_linear: bool) 
     return Timeline(small.live - slope * SIZES[0], slope, small, saved_fixed, saved_slope, done)
 
 
-def trace(fake: FakeModel, micro_batch: int, precision: str, device: str, uncast_linear: bool) -> Trace:
-    """Forward, loss and backward of one micro batch, as `training.step` does them."""
+def trace(
+    fake: FakeModel, micro_batch: int, precision: str, device: str, uncast_linear: bool, given: Sequence[str] = ()
+) -> Trace:
+    """Forward, loss and backward of one micro batch, as `training.step` does them; arguments as `timeline`."""
     size = fake.image_size
     meter = _Meter(fake)
     with ExitStack() as stack:
         stack.enter_context(fake.mode)
+        images = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
+        with _autocast(precision), torch.no_grad():
+            features = {part: fake.model.branches()[part](images) for part in given}
         stack.enter_context(meter.watching())
         stack.enter_context(Policy(FP32_ON_CUDA if device == "cuda" else frozenset(), _linear(uncast_linear)))
-        images = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
         with torch.autograd.graph.saved_tensors_hooks(meter.saving, lambda tensor: tensor):
-            loss = _loss(fake, images, precision)
+            loss = _loss(fake, images, features, precision)
         backward_at = len(meter.live)
         _backward(loss)
     return Trace(
@@ -129,9 +135,13 @@ def _linear(uncast: bool) -> Callable[..., Tensor] | None:
     return saves_uncast if uncast else None
 
 
-def _loss(fake: FakeModel, images: Tensor, precision: str) -> Tensor:
-    with torch.autocast("cpu", dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST):
-        outputs = fake.model(images)
+def _autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+
+
+def _loss(fake: FakeModel, images: Tensor, features: Mapping[str, Features], precision: str) -> Tensor:
+    with _autocast(precision):
+        outputs = fake.model(images, features)
     parts = []
     for task in fake.tasks:
         labels = fake.config.tasks[task.name].kind == "classification"

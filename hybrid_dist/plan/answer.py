@@ -59,6 +59,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a phase with `cache_features` keeps."""
+
+    branches: tuple[str, ...]
+    """Those that are frozen,"""
+    views: int
+    """of so many views of each picture, an epoch each;"""
+    steps: int
+    """and those of its steps that come later, in which they do not run."""
+
+
+@dataclass(frozen=True)
 class Scale:
     """The best for all phases in one job on another number of processes."""
 
@@ -82,6 +94,8 @@ class Plan:
     """Of the training split, as far as it is known."""
     steps: dict[str, int | None]
     """Optimizer steps of each phase; None: they follow from the number of pictures, which isn't known."""
+    kept: dict[str, Kept | None]
+    """By phase."""
     flops: dict[str, tuple[float, float]]
     """By phase, for a picture: forward and backward."""
     rows: tuple[Row, ...]

@@ -12,13 +12,14 @@ from hybrid_dist.config import Config, PhaseConfig
 from hybrid_dist.data.order import check_divides
 from hybrid_dist.errors import UserError
 from hybrid_dist.plan.activations import AUTOCAST, Timeline, timeline
-from hybrid_dist.plan.answer import Choice, Plan, Row, Scale
+from hybrid_dist.plan.answer import Choice, Kept, Plan, Row, Scale
 from hybrid_dist.plan.fake import FakeModel, Parameter
 from hybrid_dist.plan.memory import Process, Setting
 from hybrid_dist.plan.seconds import Machine, Pace, Pass, pace, passes
 from hybrid_dist.plan.states import FP32, MOMENTS, fullest_rank
 from hybrid_dist.plan.strategies import Strategy, strategies
 from hybrid_dist.plan.traffic import Traffic, traffic
+from hybrid_dist.training.frozen import views_of
 from hybrid_dist.training.phase import Length
 
 
@@ -58,6 +59,8 @@ class Rules(NamedTuple):
     trainable: tuple[str, ...]
     recompute: tuple[str, ...] = ()
     """Branches whose activations are computed again."""
+    given: tuple[str, ...] = ()
+    """Branches that do not run, for their features are read."""
 
 
 class Planner:
@@ -99,21 +102,21 @@ class Planner:
             except UserError as error:
                 raise UserError(f"phases.{index}.trainable: {error}") from None
         self.rules = {phase.name: Rules(config.size(phase), tuple(phase.trainable)) for phase in config.phases}
-        branches = tuple(part for part in ("cnn", "transformer") if getattr(config.model, part) is not None)
-        self.recomputed = tuple(config.train.checkpoint_activations) or branches
+        self.branches = tuple(next(iter(self.fakes.values())).model.branches())
+        self.recomputed = tuple(config.train.checkpoint_activations) or self.branches
         """Which branches do so where a strategy recomputes."""
         self.strategies: tuple[Strategy, ...] = strategies(processes, self.precision, device)
         self._parameters = lru_cache(maxsize=None)(self._trained)
         self._timeline = lru_cache(maxsize=None)(self._trace)
         self._passes = lru_cache(maxsize=None)(self._on_the_device)
         self._traffic = lru_cache(maxsize=None)(self._sent)
+        self._kept = lru_cache(maxsize=None)(self.kept)
         self._rows_made: dict[tuple[str, Strategy, int, int], Row] = {}
 
-    def _ruled(self, phase: str, strategy: Strategy) -> Rules:
+    def _ruled(self, phase: str, strategy: Strategy, given: tuple[str, ...] = ()) -> Rules:
         """The phase's rules under a strategy."""
-        if not strategy.recompute:
-            return self.rules[phase]
-        return self.rules[phase]._replace(recompute=self.recomputed)
+        recompute = self.recomputed if strategy.recompute else ()
+        return self.rules[phase]._replace(recompute=recompute, given=given)
 
     def on(self, processes: int) -> Planner:
         """The same on another number of processes; what is traced serves both."""
@@ -161,21 +164,38 @@ class Planner:
             sent=self.sent(phase, strategy, micro_batch),
         )  # fmt: skip
 
-    def pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace | None:
+    def pace(self, phase: str, strategy: Strategy, micro_batch: int, given: tuple[str, ...] = ()) -> Pace | None:
         """How long an optimizer step takes; None where the machine isn't known.
+
+        Args:
+            given: The branches whose features are read in it.
 
         Raises:
             UserError: as `process`.
         """
-        if self.machine is None:
+        machine = self.machine
+        if machine is None:
             return None
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
-        rules = self._ruled(phase, strategy)
+        rules = self._ruled(phase, strategy, given)
         both = self._passes(rules, strategy.stage == 3, micro_batch)
-        sent = self._sent_by(phase, strategy, accumulation)
-        needed = sum(self._timeline(self.rules[phase], False).work.flops_per_sample())
-        peak, _ = self.machine.device.flops(self.precision)
-        return pace(both, sent, self.machine, self.processes, micro_batch, accumulation, (needed, peak))
+        sent = self._sent_by(rules, strategy, accumulation)
+        needed = sum(self._timeline(rules._replace(recompute=()), False).work.flops_per_sample())
+        peak, _ = machine.device.flops(self.precision)
+        if given == self.branches:  # nothing wants pixels
+            machine = replace(machine, loader=None)
+        return pace(both, sent, machine, self.processes, micro_batch, accumulation, (needed, peak))
+
+    def kept(self, phase: str) -> Kept | None:
+        """What the phase keeps of its frozen branches; None: nothing, or the number of pictures isn't known."""
+        if self.pictures is None:
+            return None
+        config, length = self._phase(phase), self._length(phase, self.pictures)
+        rules = self.rules[phase]
+        self._trained(rules)
+        frozen = self.fakes[rules.image_size].model.frozen()
+        views, _ = views_of(config, frozen, length)
+        return None if views is None else Kept(tuple(frozen), views, length.total - views * length.per_epoch)
 
     def sent(self, phase: str, strategy: Strategy, micro_batch: int) -> float:
         """Bytes that each process sends to others in an optimizer step.
@@ -184,7 +204,7 @@ class Planner:
             UserError: as `process`.
         """
         accumulation = check_divides(self.config.train.global_batch_size, micro_batch, self.processes)
-        return self._sent_by(phase, strategy, accumulation).bytes(accumulation)
+        return self._sent_by(self._ruled(phase, strategy), strategy, accumulation).bytes(accumulation)
 
     def micro_batches(self) -> list[int]:
         """Those that divide, the largest first.
@@ -232,8 +252,8 @@ class Planner:
         flops = {name: self._timeline(rules, False).work.flops_per_sample() for name, rules in self.rules.items()}
         return Plan(
             self.processes, self.memory, self.precision, self.config.train.global_batch_size, self.pictures,
-            {name: self._steps(name) for name in names}, flops, rows, {name: self.choose([name]) for name in names},
-            self.choose(names), tuple(self._scaling(doing)),
+            {name: self._steps(name) for name in names}, {name: self._kept(name) for name in names}, flops, rows,
+            {name: self.choose([name]) for name in names}, self.choose(names), tuple(self._scaling(doing)),
         )  # fmt: skip
 
     def _scaling(self, doing: Callable[[str], None]) -> Iterator[Scale]:
@@ -263,30 +283,34 @@ class Planner:
         """Of all of the phases, as far as it tells which is faster."""
         if self.machine is None:
             return 0.0
-        return sum(self._weight(name) * self._known_pace(name, strategy, micro_batch).seconds for name in phases)
+        return sum(self._phase_seconds(name, self._weight(name), strategy, micro_batch) for name in phases)
 
-    def _known_pace(self, phase: str, strategy: Strategy, micro_batch: int) -> Pace:
-        found = self.pace(phase, strategy, micro_batch)
+    def _phase_seconds(self, phase: str, steps: float, strategy: Strategy, micro_batch: int) -> float:
+        """Of so many steps, of which those are faster that read what frozen branches have given before."""
+        kept, seconds = self._kept(phase), self._known_pace(phase, strategy, micro_batch).seconds
+        if kept is None:
+            return steps * seconds
+        faster = self._known_pace(phase, strategy, micro_batch, kept.branches).seconds
+        return (steps - kept.steps) * seconds + kept.steps * min(faster, seconds)
+
+    def _known_pace(self, phase: str, strategy: Strategy, micro_batch: int, given: tuple[str, ...] = ()) -> Pace:
+        found = self.pace(phase, strategy, micro_batch, given)
         assert found is not None
         return found
 
     def _hours(self, phases: Sequence[str], strategy: Strategy, micro_batch: int) -> float | None:
-        seconds = 0.0
-        for phase in phases:
-            steps, found = self._steps(phase), self.pace(phase, strategy, micro_batch)
-            if steps is None or found is None:
-                return None
-            seconds += steps * found.seconds
-        return seconds / 3600
+        if self.machine is None or any(self._steps(phase) is None for phase in phases):
+            return None
+        return self._seconds(phases, strategy, micro_batch) / 3600
 
     def _phase(self, name: str) -> PhaseConfig:
         return next(phase for phase in self.config.phases if phase.name == name)
 
     def _steps(self, name: str) -> int | None:
-        phase, batch = self._phase(name), self.config.train.global_batch_size
-        if self.pictures is not None:
-            return Length.of(phase, self.pictures, batch).total
-        return phase.steps
+        return self._phase(name).steps if self.pictures is None else self._length(name, self.pictures).total
+
+    def _length(self, name: str, pictures: int) -> Length:
+        return Length.of(self._phase(name), pictures, self.config.train.global_batch_size)
 
     def _weight(self, name: str) -> float:
         """How much a phase's steps count beside another's: as many as there are, or as there are epochs."""
@@ -308,8 +332,8 @@ class Planner:
         found = self._rows_made[key]
         return replace(found, fits=found.peak <= self.memory)
 
-    def _sent_by(self, phase: str, strategy: Strategy, accumulation: int) -> Traffic:
-        return self._traffic(self._ruled(phase, strategy), strategy, self.processes, accumulation > 1)
+    def _sent_by(self, rules: Rules, strategy: Strategy, accumulation: int) -> Traffic:
+        return self._traffic(rules, strategy, self.processes, accumulation > 1)
 
     def _sent(self, rules: Rules, strategy: Strategy, processes: int, accumulates: bool) -> Traffic:
         low = self.precision in AUTOCAST
@@ -332,4 +356,4 @@ class Planner:
 
     def _trace(self, rules: Rules, uncast_linear: bool) -> Timeline:
         self._trained(rules)
-        return timeline(self.fakes[rules.image_size], self.precision, self.device, uncast_linear)
+        return timeline(self.fakes[rules.image_size], self.precision, self.device, uncast_linear, rules.given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -46,11 +46,25 @@ def print_plan(plan: Plan, machine: Machine, config: str, overrides: Sequence[st
         f"\nfrom 1 to {plan.scaling[-1].processes} of {machine.device.title}; best for all phases; pictures/s"
     )
     console.print(scaling_table(plan))
-    for note in notes:
+    for note in (*notes, *_kept(plan)):
         console.print(f"· {note}")
     console.print()
     for line in advice(plan, config, overrides, machine.gpus_per_node):
         console.print(line)
+
+
+def _kept(plan: Plan) -> Iterator[str]:
+    """What the pictures/s of a phase do not tell."""
+    for phase, kept in plan.kept.items():
+        if kept is not None:
+            yield (
+                f"phase {phase} keeps what {' and '.join(kept.branches)} give: its pictures/s are those of the first"
+                f" {_epochs(kept.views)}; in the {kept.steps} steps after them they do not run, and hours say so"
+            )
+
+
+def _epochs(count: int) -> str:
+    return "epoch" if count == 1 else f"{count} epochs"
 
 
 def table(plan: Plan) -> Table:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_dist.config import load_config
 from hybrid_dist.errors import UserError
-from hybrid_dist.plan import Planner
+from hybrid_dist.plan import Planner, table
+from hybrid_dist.plan.answer import Kept
 from hybrid_dist.plan.choose import CLOSE
 from hybrid_dist.plan.devices import DEVICES, named, usual
 from hybrid_dist.plan.fake import Parameter
@@ -176,6 +177,44 @@ def test_phases_cost_what_they_train(planner: Planner) -> None:
     assert back_a < 0.02 * a
     assert 0.2 * a < back_b < back_c
     assert 1.7 * c < back_c < 2 * c, "each product twice, but for the first layer's, whose input wants none"
+
+
+def test_kept_features(config_file: Path) -> None:
+    """Catches: hours in which frozen branches run in all epochs, or in none; a loader waited for that has no pictures
+    to load; a cache counted where it has no effect, or where nobody knows how many steps there are."""
+    keys = ["phases.0.cache_features=2", "phases.1.cache_features=3"]
+    config = load_config(config_file, [*keys, "phases.0.steps=100", "phases.1.steps=40"])
+    planner = Planner(config, CLASSES, 16, PLENTY, "cuda", MACHINE, 64 * 10)
+    assert planner.kept("a") == Kept(("cnn", "transformer"), 2, 80)
+    assert planner.kept("b") == Kept(("cnn",), 3, 10)
+    assert planner.kept("c") is None
+
+    def flops(phase: str, *given: str) -> tuple[float, float]:
+        return planner._timeline(planner.rules[phase]._replace(given=given), False).work.flops_per_sample()
+
+    (whole, back), (rest, rest_back), (none, _) = flops("b"), flops("b", "cnn"), flops("a", "cnn", "transformer")
+    (alone, _) = flops("a", "transformer")
+    assert whole - rest == pytest.approx(alone - none), "what the cnn takes"
+    assert rest_back == back
+    assert none < 0.02 * whole
+
+    def hours(phase: str, **machine: float) -> float:
+        planner.machine = dataclasses.replace(MACHINE, **machine)
+        found = planner._hours([phase], DDP, 4)
+        assert found is not None
+        return found
+
+    for phase, first, later, given in (("a", 20, 80, ("cnn", "transformer")), ("b", 30, 10, ("cnn",))):
+        slow, fast = (planner._known_pace(phase, DDP, 4, parts).seconds for parts in ((), given))
+        assert fast < slow
+        assert hours(phase) == pytest.approx((first * slow + later * fast) / 3600)
+    waits = 64 / 16 / 3600  # hours a step
+    assert hours("a", loader=1.0) == pytest.approx(20 * waits, rel=0.01)
+    assert hours("b", loader=1.0) == pytest.approx(40 * waits)
+    assert "in the 80 steps after them" in next(table._kept(planner.plan(lambda _: None)))
+    for other, pictures in ((["phases.0.steps=20"], 640), ([], None)):
+        changed = load_config(config_file, [*keys, *other])
+        assert Planner(changed, CLASSES, 16, PLENTY, "cuda", MACHINE, pictures).kept("a") is None
 
 
 def test_more_is_never_slower(planner: Planner) -> None:
