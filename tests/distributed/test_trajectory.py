@@ -87,7 +87,7 @@ class Runs:
                 patch.setenv("POISON", json.dumps({"poisoned": poison(POISON), "gone_back": poison(STREAK)}))
                 patch.setenv("FORGET", json.dumps({"kept": FORGOTTEN}))
                 script = "tests/distributed/many.py"
-                launch(*map(str, configs), config_file=config_file, extra=extra, script=script, timeout=450)
+                launch(*map(str, configs), config_file=config_file, extra=extra, script=script, timeout=840)
         return self._made[name] / twin / "runs" / twin
 
 
