@@ -68,7 +68,11 @@ class Engine(ABC):
     """The bare model. Under ZeRO 3 its parameters are partitioned: for names, modes and eval, not for values."""
     average: Average | None = None
     """Of the weights that this rank updates, once `keep_average` has been called."""
-    _bad: Callable[[], Tensor] | None = None
+    group: Any = None
+    """The processes that gradients are summed over; None: torch's default group."""
+    bad: Tensor | None = None
+    """(), bool on the device: whether the losses of the last step were bad, once that has been asked for."""
+    _asks: Callable[[], Tensor] | None = None
 
     @abstractmethod
     def forward(self, images: Tensor, **known: Any) -> dict[str, Tensor]:
@@ -94,32 +98,39 @@ class Engine(ABC):
         Where `bad` of the sum is True the step under way changes no weight. It is asked when all gradients are there:
         until then no rank has to wait for the others' sake.
         """
-        work = dist.all_reduce(values, async_op=True) if self.topology.world_size > 1 else None
+        # In the gradients' own group: another one may not be at work before this has been waited for.
+        work = dist.all_reduce(values, group=self.group, async_op=True) if self.topology.world_size > 1 else None
 
         def total() -> Tensor:
             if work is not None:
                 work.wait()
             return values
 
-        self._bad = lambda: bad(total())
+        self._asks = lambda: bad(total())
         return total
 
-    def _spoil(self, trainable: Sequence[nn.Parameter]) -> None:
-        """Make a gradient no number if the step is to be left out, which whatever updates the weights then does.
+    def _ask(self) -> None:
+        """Find out whether the step's losses are bad, all gradients being there. No host waits for the device."""
+        if self._asks is not None:
+            self.bad, self._asks = self._asks(), None
 
-        No host waits for the device.
-        """
-        bad, self._bad = self._bad, None
-        if bad is not None:
-            gradient = next(p.grad for p in reversed(trainable) if p.grad is not None)
-            gradient.masked_fill_(bad(), torch.nan)
+    def _spoil(self, trainable: Sequence[nn.Parameter]) -> None:
+        """Make a gradient no number if the step's losses are bad: whatever updates the weights leaves it out then."""
+        self._ask()
+        if self.bad is not None:
+            next(p.grad for p in reversed(trainable) if p.grad is not None).masked_fill_(self.bad, torch.nan)
 
     @abstractmethod
     def left_out(self) -> Tensor:
-        """(), fp32 on the device: 1 where the last step's gradients were no numbers and so no weight has changed.
+        """(), fp32 on the device: 1 where the last step's losses were bad or its gradients no numbers, and so no weight
+        has changed.
 
-        0 under fp16, whose scaler leaves steps out as a matter of course.
+        Under fp16 only for the losses: its scaler leaves steps out as a matter of course.
         """
+
+    def _bad_losses(self) -> Tensor:
+        """(), fp32: as `left_out`, for the losses alone."""
+        return torch.zeros((), device=self.topology.device) if self.bad is None else self.bad.float()
 
     @abstractmethod
     def grad_norm(self) -> float:

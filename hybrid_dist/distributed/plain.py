@@ -58,7 +58,7 @@ class PlainEngine(Engine):
 
     def left_out(self) -> Tensor:
         if self.accelerator.scaler is not None or self.norm is None:
-            return torch.zeros((), device=self.topology.device)
+            return self._bad_losses()
         return not_finite(self.norm)
 
     def grad_norm(self) -> float:

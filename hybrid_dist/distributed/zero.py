@@ -72,6 +72,7 @@ class ZeroEngine(Engine):
         self.model = model
         self.engine, self.prepared = self.accelerator.prepare(model, optimizer)
         self.zero = self.engine.optimizer
+        self.group = self.engine.seq_data_parallel_group
         self.stage = self.engine.zero_optimization_stage()
         self.clip_norm = clip_norm
         self.norm: Tensor | None = None
@@ -107,12 +108,13 @@ class ZeroEngine(Engine):
         with span(OPTIMIZER):
             if self.stage == 0:
                 self._spoil(self.trainable)
+            else:
+                self._ask()
             step(*arguments, **options)
 
     def _look(self, update_scale: Callable[[bool], None], overflow: bool) -> None:
         """Where ZeRO 1 to 3 decide, after they have looked at the gradients themselves, whether to leave a step out."""
-        bad, self._bad = self._bad, None
-        if bad is not None and bad():
+        if self.bad is not None and self.bad:
             self.zero.overflow = overflow = True
         update_scale(overflow)
 
@@ -124,7 +126,7 @@ class ZeroEngine(Engine):
 
     def left_out(self) -> Tensor:
         if self._scaler() is not None:
-            return torch.zeros((), device=self.topology.device)
+            return self._bad_losses()
         if self.stage == 0:
             assert self.norm is not None
             return not_finite(self.norm)
@@ -223,5 +225,8 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         # Destroys DeepSpeed's engine, hooks and buffers with it.
         self.accelerator.free_memory()
-        self.trainable = []
+        self.trainable, self.average = [], None
+        # They lead back here from what only the garbage collector will find.
+        vars(self.engine).pop("step", None)
+        vars(self.zero).pop("_update_scale", None)
         del self.engine, self.prepared, self.zero, self.model

@@ -108,11 +108,12 @@ def trace(
     meter = _Meter(fake)
     with ExitStack() as stack:
         stack.enter_context(fake.mode)
-        images = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
         with _autocast(precision), torch.no_grad():
-            features = {part: fake.model.branches()[part](images) for part in given}
+            unseen = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
+            features = {part: fake.model.branches()[part](unseen) for part in given}
         stack.enter_context(meter.watching())
         stack.enter_context(Policy(FP32_ON_CUDA if device == "cuda" else frozenset(), _linear(uncast_linear)))
+        images = torch.empty(micro_batch, 3, size, size, dtype=torch.uint8)
         with torch.autograd.graph.saved_tensors_hooks(meter.saving, lambda tensor: tensor):
             loss = _loss(fake, images, features, precision)
         backward_at = len(meter.live)

@@ -291,7 +291,7 @@ class Planner:
         if kept is None:
             return steps * seconds
         faster = self._known_pace(phase, strategy, micro_batch, kept.branches).seconds
-        return (steps - kept.steps) * seconds + kept.steps * min(faster, seconds)
+        return (steps - kept.steps) * seconds + kept.steps * faster
 
     def _known_pace(self, phase: str, strategy: Strategy, micro_batch: int, given: tuple[str, ...] = ()) -> Pace:
         found = self.pace(phase, strategy, micro_batch, given)

@@ -23,7 +23,7 @@ SHARED = 10.0
 """Seconds for a network disk to show another machine's file."""
 
 
-def check_folder(config: Config, only: str | None, fresh: bool) -> bool:
+def _check_folder(config: Config, only: str | None, fresh: bool) -> bool:
     """Whether the run's folder holds this very run already.
 
     Raises:
@@ -86,11 +86,11 @@ def open_folder(job: Job, only: str | None, fresh: bool) -> bool:
 
     What a save that was cut off has left is put in order first: it may be the newest checkpoint.
     """
-    resumes = check_folder(job.config, only, fresh)
+    resumes = _check_folder(job.config, only, fresh)
     if job.folder.is_dir():
         with disk(job.folder):
             job.lock.take()
-            resumes = check_folder(job.config, only, fresh)  # another job may have been here until just now
+            resumes = _check_folder(job.config, only, fresh)  # another job may have been here until just now
             if resumes:
                 job.store.sweep()
     return resumes

@@ -175,7 +175,7 @@ def make_job(config: Config, topology: Topology, stop: Stop, limits: Limits) -> 
     Raises:
         UserError: something is the user's to fix.
     """
-    job = agree(topology, lambda: prepare(config, topology, stop, limits))
+    job = agree(topology, lambda: _prepare(config, topology, stop, limits))
     for (split, size), signature in decide(topology, lambda: _choose_packed(job)).items():
         found = agree(topology, lambda: _open_packed(job, split, size, signature))  # noqa: B023 (called at once)
         job.packed[split, size] = found
@@ -184,7 +184,7 @@ def make_job(config: Config, topology: Topology, stop: Stop, limits: Limits) -> 
     return job
 
 
-def prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> Job:
+def _prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> Job:
     """Read and check everything that a run stands on but the pictures, writing nothing."""
     terminal = Terminal(quiet=not topology.is_main)
     train = config.train

@@ -65,8 +65,6 @@ class Objective:
                 part = torch.exp(-s) * part + 0.5 * s * (task.labelled(target, mixed).sum() / labels)
             loss = task.weight * part if loss is None else loss + task.weight * part
         assert loss is not None and samples is not None
-        # An output that is no number, but has no label, is to be seen in the gradients: a mask would swallow it.
-        loss = loss + 0.0 * torch.stack([output.float().sum() for output in outputs.values()]).sum()
         plain = sum((task.weight * part for task, part in zip(self.tasks, parts, strict=True)), parts[0].new_zeros(()))
         return MicroLoss(loss, torch.stack([plain, *parts]), samples)
 

@@ -125,17 +125,6 @@ def test_balance_of_a_task_with_one_class() -> None:
     assert torch.autograd.grad(found.loss, s)[0][0] == 0
 
 
-@pytest.mark.parametrize("output", [0.0, NAN, math.inf])
-def test_outputs_without_a_label(output: float) -> None:
-    """Catches: outputs that are no numbers, have no label, and whose mask swallows what is to spoil the gradients."""
-    logits = torch.full((2, 3), output, requires_grad=True)
-    outputs, batch = micro([-1, -1], [NAN, NAN], logits, torch.zeros(2, requires_grad=True))
-    found = objective()(outputs, batch, {"type": 4, "clarity": 2})
-    assert bool(found.loss.isnan()) == (output != 0) and found.shares.tolist() == [0, 0, 0]
-    found.loss.backward()
-    assert (logits.grad == 0).all() == (output == 0)
-
-
 @pytest.mark.parametrize(("totals", "bad"), [([1.0, 0.5, 0.0], False), ([1.0, NAN, 0.0], True), ([1e9, 1, 1], True)])
 def test_bad_losses(totals: list[float], bad: bool) -> None:
     """Catches: a task's loss that is no number, or one that is beyond the limit, and passes."""
