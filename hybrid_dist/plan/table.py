@@ -58,8 +58,8 @@ def _kept(plan: Plan) -> Iterator[str]:
     for phase, kept in plan.kept.items():
         if kept is not None:
             yield (
-                f"phase {phase} keeps what {' and '.join(kept.branches)} give: its pictures/s are those of the first"
-                f" {_epochs(kept.views)}; in the {kept.steps} steps after them they do not run, and hours say so"
+                f"phase {phase} keeps what {' and '.join(kept.branches)} gave: its pictures/s are those of the first"
+                f" {_epochs(kept.views)}; in the {kept.steps} steps after that it is read, and the time says so"
             )
 
 

@@ -211,7 +211,7 @@ def test_kept_features(config_file: Path) -> None:
     waits = 64 / 16 / 3600  # hours a step
     assert hours("a", loader=1.0) == pytest.approx(20 * waits, rel=0.01)
     assert hours("b", loader=1.0) == pytest.approx(40 * waits)
-    assert "in the 80 steps after them" in next(table._kept(planner.plan(lambda _: None)))
+    assert "in the 80 steps after that" in next(table._kept(planner.plan(lambda _: None)))
     for other, pictures in ((["phases.0.steps=20"], 640), ([], None)):
         changed = load_config(config_file, [*keys, *other])
         assert Planner(changed, CLASSES, 16, PLENTY, "cuda", MACHINE, pictures).kept("a") is None
