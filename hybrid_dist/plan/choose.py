@@ -110,7 +110,7 @@ class Planner:
         self._timeline = lru_cache(maxsize=None)(self._trace)
         self._passes = lru_cache(maxsize=None)(self._on_the_device)
         self._traffic = lru_cache(maxsize=None)(self._sent)
-        self._kept = lru_cache(maxsize=None)(self.kept)
+        self.kept = lru_cache(maxsize=None)(self._keeps)
         self._rows_made: dict[tuple[str, Strategy, int, int], Row] = {}
 
     def _ruled(self, phase: str, strategy: Strategy, given: tuple[str, ...] = ()) -> Rules:
@@ -186,7 +186,7 @@ class Planner:
             machine = replace(machine, loader=None)
         return pace(both, sent, machine, self.processes, micro_batch, accumulation, (needed, peak))
 
-    def kept(self, phase: str) -> Kept | None:
+    def _keeps(self, phase: str) -> Kept | None:
         """What the phase keeps of its frozen branches; None: nothing, or the number of pictures isn't known."""
         if self.pictures is None:
             return None
@@ -252,7 +252,7 @@ class Planner:
         flops = {name: self._timeline(rules, False).work.flops_per_sample() for name, rules in self.rules.items()}
         return Plan(
             self.processes, self.memory, self.precision, self.config.train.global_batch_size, self.pictures,
-            {name: self._steps(name) for name in names}, {name: self._kept(name) for name in names}, flops, rows,
+            {name: self._steps(name) for name in names}, {name: self.kept(name) for name in names}, flops, rows,
             {name: self.choose([name]) for name in names}, self.choose(names), tuple(self._scaling(doing)),
         )  # fmt: skip
 
@@ -287,7 +287,7 @@ class Planner:
 
     def _phase_seconds(self, phase: str, steps: float, strategy: Strategy, micro_batch: int) -> float:
         """Of so many steps, of which those are faster that read what frozen branches have given before."""
-        kept, seconds = self._kept(phase), self._known_pace(phase, strategy, micro_batch).seconds
+        kept, seconds = self.kept(phase), self._known_pace(phase, strategy, micro_batch).seconds
         if kept is None:
             return steps * seconds
         faster = self._known_pace(phase, strategy, micro_batch, kept.branches).seconds
