@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,11 +27,20 @@ class Control:
 
     def total(self, values: Sequence[int]) -> list[int]:
         """Sum each integer over the ranks."""
+        return self.begin_total(values)()
+
+    def begin_total(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Begin to sum each integer over the ranks; what is returned waits for the sums, and gives them."""
         if self.world_size == 1:
-            return list(values)
+            return lambda: list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, group=self.group)
-        return [int(value) for value in tensor]
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+
+        def sums() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return sums
 
     def total_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a host tensor of any shape over the ranks, element by element."""

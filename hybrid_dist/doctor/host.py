@@ -20,6 +20,8 @@ from hybrid_dist.doctor.line import Line, fail, ok, warn
 SHM = Path("/dev/shm")
 AHEAD = 3
 """Batches that a loader process has lying there at a time: two that wait, one that is being made."""
+STEPS = 3
+"""Steps whose batches a training process holds: the one under way, the next, and what waits to follow."""
 FEW_FILES = 1024
 """Open files: sockets to each rank, loader processes' pipes, the parts of a packed copy."""
 
@@ -99,8 +101,9 @@ def shared_memory(config: Config, processes: int) -> Line:
     """Batches wait in /dev/shm, which containers keep small."""
     workers = resolve_workers(config.data.workers, processes)
     share = config.train.global_batch_size // processes or 1
-    batch = config.train.micro_batch(share) * 3 * max(config.sizes) ** 2
-    needed = processes * workers * AHEAD * batch
+    micro = config.train.micro_batch(share)
+    held = workers * AHEAD * micro + STEPS * share + micro if workers else 0
+    needed = processes * held * 3 * max(config.sizes) ** 2
     if not SHM.is_dir():
         return ok("shared memory", "no /dev/shm here")
     free = shutil.disk_usage(SHM).free

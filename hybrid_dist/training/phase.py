@@ -215,11 +215,7 @@ class PhaseLoop:
     def _take(self, feed: Feed) -> tuple[list[Batch], dict[str, float]]:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
-
-        def facts(found: list[Batch]) -> list[int]:
-            return [*label_counts(tasks, found), bad_count(found), *self.frozen.lacking(found)]
-
-        batches, sums = self.together.take(feed, self.job.accumulation, facts)
+        batches, sums = self.together.take(feed, self.job.accumulation, self._facts)
         (*counts, samples, bad), lacking = sums[: len(tasks) + 2], sums[len(tasks) + 2 :]
         if bad:
             self._met_bad("train", batches)
@@ -227,6 +223,14 @@ class PhaseLoop:
         self.state.samples += samples
         self._seen += samples
         return batches, {task.name: count / WHOLE for task, count in zip(tasks, counts, strict=True)}
+
+    def _facts(self, found: list[Batch]) -> list[int]:
+        return [*label_counts(self.job.tasks, found), bad_count(found), *self.frozen.lacking(found)]
+
+    def _look_ahead(self) -> None:
+        if not self._pauses_after(self.state.phase_step + 1):
+            with span(DATA):
+                self.together.look_ahead(self.job.accumulation, self._facts)
 
     def _met_bad(self, split: str, batches: list[Batch]) -> None:
         self.bad.note(split, {row: reason for batch in batches for row, reason in batch.bad.items()})
@@ -237,7 +241,7 @@ class PhaseLoop:
         self.engine.set_lr(self.lr)
         seed = step_seed(self.config.run.seed, self.phase.name, done)
         device, beat = self.topology.device, self.watch.beat
-        losses = train_step(self.engine, self.objective, batches, counts, seed, device, beat)
+        losses = train_step(self.engine, self.objective, batches, counts, seed, device, beat, self._look_ahead)
         self.frozen.keep(batches, done)
         if self.config.train.ema is not None:
             self.engine.update_ema(ema_decay(done + 1, self.config.train.ema))

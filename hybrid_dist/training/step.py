@@ -57,6 +57,7 @@ def train_step(
     seed: int,
     device: torch.device,
     beat: Callable[[str], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> StepLosses:
     """Forward and backward over the step's micro batches, and the update, unless the loss or a gradient is no number.
 
@@ -68,6 +69,7 @@ def train_step(
         seed: Of this step: what dropout and stochastic depth follow from, for each sample by its place in the global
             batch, whichever rank and micro batch that is in.
         beat: Told of each thing that is done.
+        meanwhile: Begins what need not wait for the last backward pass to end.
 
     Returns:
         The global batch's losses, the same on all ranks. Nothing here waits for the device.
@@ -92,6 +94,8 @@ def train_step(
                 samples.append(micro.samples)
                 if last:  # under way while gradients are made; under ZeRO `backward` makes the update, too
                     totals = engine.total(shares, objective.bad)
+            if last and meanwhile is not None:
+                meanwhile()
             with span(BACKWARD):
                 engine.backward(micro.loss, last)
     with span(OPTIMIZER):
