@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from hybrid_dist.config import Config, load_config
+from hybrid_dist.model.backbones import sized_kwargs
 
 TRAINS = {"a": ("heads",), "b": ("heads", "transformer"), "c": ("heads", "transformer", "cnn")}
 SCORES = ("clarity", "block")
@@ -66,8 +67,11 @@ class Net(nn.Module):
     def __init__(self, config: Config, classes: dict[str, list[str]], weights: Path | None) -> None:
         super().__init__()
         size = config.data.image_size
+        branches = {"cnn": config.model.cnn, "transformer": config.model.transformer}
         self.cnn, self.transformer = (
-            self.backbone(branch, size) for branch in (config.model.cnn, config.model.transformer)
+            # A run's weights want its windows; by itself timm pads maps that its own don't divide.
+            self.backbone(branch.name, self.own(branch, size) if weights is None else sized_kwargs(part, branch, size))
+            for part, branch in branches.items()
         )
         if weights is not None:
             held = load_file(weights)
@@ -82,10 +86,13 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(config.model.dropout)
 
     @staticmethod
-    def backbone(branch: Any, size: int) -> Any:
-        kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in branch.kwargs.items()}
-        sized = {"img_size": size} if "swin" in branch.name else {}
-        return timm.create_model(branch.name, pretrained=False, num_classes=0, **sized, **kwargs)
+    def own(branch: Any, size: int) -> dict[str, Any]:
+        return {**branch.kwargs, **({"img_size": size} if "swin" in branch.name else {})}
+
+    @staticmethod
+    def backbone(name: str, kwargs: dict[str, Any]) -> Any:
+        kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+        return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
 
     def forward(self, images: Any) -> dict[str, Any]:
         fused = self.dropout(torch.cat([self.cnn(images), self.transformer(images)], 1))

@@ -41,6 +41,19 @@ def sample_keys(seed: int, first: int, count: int, device: torch.device) -> Tens
     return mix(torch.arange(first + 1, first + count + 1, device=device) * _GOLDEN + seed)
 
 
+def seed_draws(seed: int, device: torch.device) -> None:
+    """What a backbone draws by other means than `Noise`, on this device, follows from the seed from here on.
+
+    Like `torch.manual_seed`, which also notes the seed and a stack trace for each kind of device that there might be:
+    more than a millisecond each time.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 def _kept(drawn: Tensor, probability: Tensor | float) -> Tensor:
     """Bool: which of the drawn values stay, where each goes with that probability."""
     return _shifted(drawn, 64 - BITS) >= probability * (1 << BITS)

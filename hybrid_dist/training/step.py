@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybrid_dist.data.mix import WHOLE
 from hybrid_dist.distributed import BACKWARD, FORWARD, OPTIMIZER, Control, Engine, span
-from hybrid_dist.model.noise import sample_keys
+from hybrid_dist.model.noise import sample_keys, seed_draws
 from hybrid_dist.training.frozen import on_device
 from hybrid_dist.training.objective import Objective, mixed_with
 from hybrid_dist.training.tasks import Task
@@ -83,7 +83,7 @@ def train_step(
     for index, batch in enumerate(batches):
         last, size = index == len(batches) - 1, len(batch.rows)
         first = (index * world + rank) * size
-        torch.manual_seed(seed + first)  # for what a backbone may draw besides
+        seed_draws(seed + first, device)
         beat(f"in micro batch {index + 1} of {len(batches)}")
         with engine.accumulating(last):
             with span(FORWARD):
