@@ -105,17 +105,28 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+EVERY = 5.0
+"""Seconds for which status.json may lag behind a run that goes on: the loop waits for the disk that it is on."""
+
+
 class Status:
-    """status.json: what became of the run. Calls of other processes than the main one do nothing."""
+    """status.json: what became of the run. Calls of other processes than the main one write nothing."""
 
     def __init__(self, folder: Path, is_main: bool, warn: Callable[[str], None]):
         self._path, self.is_main, self.warn = folder / "status.json", is_main, warn
-        self._warned = self._begun = False
+        self._warned = False
+        self._last: tuple[str | None, int] | None = None
+        """Phase and step that were heard of last."""
+        self._written: tuple[str, str | None, float] = ("", None, 0.0)
+        """State, phase and time of what the file says."""
 
     def __call__(self, state: str, phase: str | None, step: int, reason: str) -> None:
         """`state` is running, stopped, finished or failed."""
-        self._begun = True
-        if self.is_main:
+        self._last = phase, step
+        now = time.monotonic()
+        news = (state, phase) != self._written[:2] or state != "running"
+        if self.is_main and (news or now - self._written[2] >= EVERY):
+            self._written = state, phase, now
             self._write(state, phase, step, reason)
 
     def failed(self, reason: str) -> str:
@@ -126,9 +137,10 @@ class Status:
         last = {}
         with contextlib.suppress(OSError, ValueError):
             last = json.loads(self._path.read_text(encoding="utf-8"))
-        if last.get("state") == "failed" and self._begun:  # and not of an earlier start
+        if last.get("state") == "failed" and self._last is not None:  # and not of an earlier start
             return str(last.get("reason"))
-        self._write("failed", last.get("phase"), last.get("step", 0), reason)
+        phase, step = self._last or (last.get("phase"), last.get("step", 0))
+        self._write("failed", phase, step, reason)
         return reason
 
     def _write(self, state: str, phase: str | None, step: int, reason: str) -> None:

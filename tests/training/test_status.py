@@ -8,7 +8,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hybrid_dist.tracking import Status
+import pytest
+
+from hybrid_dist.tracking import Status, files
 from tests.conftest import ROOT, environment
 
 
@@ -20,6 +22,7 @@ def test_the_first_reason_stays(tmp_path: Path) -> None:
     main.failed("before training")
     assert json.loads((tmp_path / "status.json").read_text())["reason"] == "before training"
     for status in (main, other):
+        status("running", "a", 6, "")
         status("running", "a", 7, "")
     other.failed("rank 1: it")
     main.failed("rank 0: Connection closed by peer")
@@ -27,6 +30,23 @@ def test_the_first_reason_stays(tmp_path: Path) -> None:
     assert (found["state"], found["phase"], found["step"], found["reason"]) == ("failed", "a", 7, "rank 1: it")
     assert not said
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_run_that_goes_on_does_not_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a write to a slow disk with every line of metrics; a phase, an end or a later step that is not told."""
+    times = iter([100.0, 101.0, 104.9, 105.1, 105.2, 105.3])
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(times))
+    status = Status(tmp_path, True, print)
+
+    def told(state: str, phase: str, step: int) -> tuple[str, int]:
+        status(state, phase, step, "")
+        found = json.loads((tmp_path / "status.json").read_text())
+        return found["phase"], found["step"]
+
+    assert [told("running", "a", step) for step in (0, 1, 2)] == [("a", 0)] * 3
+    assert told("running", "a", 3) == ("a", 3)
+    assert told("running", "b", 4) == ("b", 4)
+    assert told("stopped", "b", 5) == ("b", 5)
 
 
 def test_failing_together(tmp_path: Path) -> None:
