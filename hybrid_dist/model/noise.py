@@ -63,12 +63,12 @@ class Noise:
     """What a model's dropout and stochastic depth draw from; without keys they draw from torch's generator."""
 
     def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        """(B,) int64, of the samples that the next forward and its backward are about."""
-        # Of the layers of stochastic depth, in their order.
         self._depths: list[SampleDropPath] = []
+        self._dropouts: list[SampleDropout] = []
+        # Of the former, then of the latter.
         self._salts = torch.empty(0, dtype=torch.int64)
         self._rates = torch.empty(0)
+        """Of the former."""
 
     def attach(self, model: nn.Module) -> None:
         """Put the layers of `model` that drop anything on this."""
@@ -76,38 +76,44 @@ class Noise:
             # Fused attention would draw its dropout itself, for all of the micro batch.
             if getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0) > 0:
                 module.fused_attn = False  # type: ignore[assignment]
-        salts = []
+        depths, dropouts = [], []
         for parent, child, name in list(_droppers(model)):
             module, salt = getattr(parent, child), _salt(name)
             made: SampleDropout | SampleDropPath
             if isinstance(module, DropPath):
                 made = SampleDropPath(module)
                 self._depths.append(made)
-                salts.append(salt)
+                depths.append(salt)
             else:
-                made = SampleDropout(module, self, salt)
+                made = SampleDropout(module)
+                self._dropouts.append(made)
+                dropouts.append(salt)
             setattr(parent, child, made.train(module.training))
-        self._salts = torch.tensor(salts, dtype=torch.int64)
+        self._salts = torch.tensor([*depths, *dropouts], dtype=torch.int64)
         self._rates = torch.tensor([layer.drop_prob for layer in self._depths])
 
     def begin(self, keys: Tensor) -> None:
-        """The samples of the next forward; (B,) int64 on the model's device."""
-        self.keys = keys
-        if not self._depths:
+        """The samples of the next forward and its backward; (B,) int64 on the model's device."""
+        if not len(self._salts):
             return
         if self._salts.device != keys.device:
             self._salts, self._rates = self._salts.to(keys.device), self._rates.to(keys.device)
         # All at once: a draw is a dozen small kernels, and a backbone has dozens of these layers.
-        kept = _kept(mix(keys ^ self._salts.unsqueeze(1)), self._rates.unsqueeze(1))  # (layers, B)
+        drawn = mix(keys ^ self._salts.unsqueeze(1))  # (layers, B)
+        depths = len(self._depths)
+        kept = _kept(drawn[:depths], self._rates.unsqueeze(1))
         paths = kept / (1 - self._rates).unsqueeze(1)
         for layer, path in zip(self._depths, paths.unbind(), strict=True):
             layer.path = path
+        for dropout, own in zip(self._dropouts, drawn[depths:].unbind(), strict=True):
+            dropout.keys = own
 
     def end(self) -> None:
         """No samples any more."""
-        self.keys = None
         for layer in self._depths:
             layer.path = None
+        for dropout in self._dropouts:
+            dropout.keys = None
 
 
 def _salt(name: str) -> int:
@@ -124,23 +130,28 @@ def _droppers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 class SampleDropout(nn.Dropout):
-    """Dropout by sample: (n · B, …) → the same, `n` rows in a row for each sample, such as a Swin's windows."""
+    """Dropout by sample: (n · B, …) → the same, `n` rows in a row for each sample, such as a Swin's windows.
 
-    def __init__(self, like: nn.Dropout, noise: Noise, salt: int) -> None:
+    Attributes:
+        keys: (B,) int64, what each sample's elements follow from; `Noise` sets it.
+    """
+
+    keys: Tensor | None
+
+    def __init__(self, like: nn.Dropout) -> None:
         super().__init__(like.p)
-        self.noise = noise
-        self.salt = salt
+        self.keys = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Any float (n · B, …), elements dropped in training."""
-        keys = self.noise.keys
+        keys = self.keys
         if not self.training or self.p == 0:
             return input
         if keys is None or len(input) % len(keys):
             return F.dropout(input, self.p)
         each = input.numel() // len(keys)
         places = torch.arange(each, device=input.device) * _GOLDEN
-        kept = _kept(mix(mix(keys ^ self.salt).unsqueeze(1) + places), self.p)  # (B, elements of a sample)
+        kept = _kept(mix(keys.unsqueeze(1) + places), self.p)  # (B, elements of a sample)
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0
         return input * (kept.view(input.shape) * scale).to(input.dtype)
 

@@ -31,8 +31,9 @@ def label_counts(tasks: Sequence[Task], batches: Sequence[Batch]) -> list[int]:
     """
 
     def parts(task: Task, batch: Batch) -> int:
-        labelled = task.labelled(batch.labels[task.name], mixed_with(batch, task.name))
-        return int((labelled.double() * WHOLE).round().sum())
+        mixed = mixed_with(batch, task.name)
+        labelled = task.labelled(batch.labels[task.name], mixed)
+        return int(labelled.sum()) * WHOLE if mixed is None else int((labelled.double() * WHOLE).round().sum())
 
     counts = [sum(parts(task, batch) for batch in batches) for task in tasks]
     return [*counts, sum(int((batch.rows >= 0).sum()) for batch in batches)]
