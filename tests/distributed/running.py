@@ -48,7 +48,7 @@ class Running:
             self.seen |= {parent, *parent.children(recursive=True)}
         except psutil.NoSuchProcess:
             pass
-        return [process for process in self.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.seen if _lives(process)]
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, in no order; without launchers and loader processes."""
@@ -110,6 +110,13 @@ class Running:
             return (self.run / "trace.jsonl").read_bytes().count(b"\n")
         except OSError:
             return 0
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # has ended between the two
+        return False
 
 
 def run_here(config: Path, *overrides: str) -> Path:
