@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds that a rank waits for its own data before it tells the others, who may have been asked to stop."""
-
-
 BRISK = 0.5
 """Seconds: in steps that take less the ranks meet for the next one before this one has ended."""
 UNKNOWN = 10**12

@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from hybrid_dist.model.noise import Noise, SampleDropout, SampleDropPath, mix, sample_keys
+from hybrid_dist.model.noise import Noise, SampleDropout, SampleDropPath, mix, sample_keys, seed_draws
 
 CPU = torch.device("cpu")
 
@@ -96,3 +96,15 @@ def test_masks_do_not_know_the_micro_batch() -> None:
     noise.begin(sample_keys(9, 0, 24, CPU))
     net.eval()
     assert torch.equal(drop(images), images) and torch.equal(path(images), images)
+
+
+def test_what_a_backbone_draws_itself_follows_from_the_seed() -> None:
+    """Catches: a generator that is not the one that dropout draws from, which a resume would find in another state."""
+    ones = torch.ones(1000)
+    drawn = []
+    for seed in (3, (1 << 62) - 1, 3):
+        seed_draws(seed, torch.device("cpu"))
+        drawn.append(nn.functional.dropout(ones))
+    torch.manual_seed(3)
+    assert torch.equal(drawn[0], nn.functional.dropout(ones))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
