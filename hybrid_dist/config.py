@@ -236,6 +236,8 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     log_every: int = Field(10, ge=1)
     """Optimizer steps between lines in metrics.jsonl."""
+    communication: bool = True
+    """Profile a step now and then for perf/communication. Off: leaves the GPU's tracing to another profiler."""
     wandb: Literal["auto", "off", "offline", "online"] = "auto"
     """`auto` takes WANDB_MODE, if it is set, else `online` where somebody is logged in, else `offline`."""
     project: str | None = None

@@ -52,7 +52,7 @@ def build_workspace(config: Config, entity: str) -> Any:
         ],
         "Speed": [
             lines("perf/images_per_s"), lines("perf/images_per_s_per_gpu"), lines("perf/mfu"), lines("perf/data_wait"),
-            lines("perf/peak_memory_gb"),
+            lines("perf/communication"), lines("perf/peak_memory_gb"),
         ],
     }  # fmt: skip
     made = [workspaces.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()]

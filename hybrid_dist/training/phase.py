@@ -24,6 +24,7 @@ from hybrid_dist.training import calibration
 from hybrid_dist.training.bad import BadPictures
 from hybrid_dist.training.feed import AskedToStop, Feed, Together, bad_count
 from hybrid_dist.training.frozen import Pixels
+from hybrid_dist.training.glance import Glance
 from hybrid_dist.training.guard import Guard, TooManyBad
 from hybrid_dist.training.objective import Objective
 from hybrid_dist.training.optim import ema_decay, learning_rate
@@ -134,6 +135,7 @@ class PhaseLoop:
         if self.bad.lines is not None:
             self.files[BAD_PICTURES] = self.bad.lines
         self.profile = StepProfiler(job, phase.name)
+        self.glance = Glance(self.topology, self.config.tracking.communication, job.terminal.say)
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0
@@ -191,7 +193,8 @@ class PhaseLoop:
             self._begin()
             while not self._ended and self.state.phase_step < end:
                 step = self.state.phase_step + 1
-                with self.profile.step(step, self._pauses_after(step)):
+                looks = self.profile if self.profile.covers(step) else self.glance
+                with looks.step(step, self._pauses_after(step)):
                     self._make_step(feed)
                 self._after_step()
         finally:
@@ -306,6 +309,9 @@ class PhaseLoop:
             if utilisation is not None and self.frozen.filling:  # it counts what frozen branches do
                 values["perf/mfu"] = utilisation
             values["perf/data_wait"] = self._waited / self._worked
+        communication = self.glance.take()
+        if communication is not None:
+            values["perf/communication"] = communication
         values["perf/peak_memory_gb"] = peak_memory_gb(self.topology.device)
         self._waited = self._worked = 0.0
         self._seen = 0

@@ -49,6 +49,26 @@ def check_folder(config: Config) -> None:
         raise UserError(f"{folder}: can't be written: {error.strerror}; train.profile: null would do without") from None
 
 
+def quiet() -> None:
+    """Have Kineto say nothing of its own: of each trace's begin and end, and, as if it were an error, of no GPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def marked() -> contextlib.AbstractContextManager[None]:
+    """In here a trace has a range for each part of a step."""
+    return measured(lambda part: torch.profiler.record_function(MARK + part))
+
+
+def exported(profiler: Any, file: Path) -> dict[str, Any]:
+    """A profiler's trace, by way of a file, which names the machine and so does not stay."""
+    try:
+        profiler.export_chrome_trace(str(file))
+        trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8", errors="replace"), strict=False)
+        return trace
+    finally:
+        file.unlink(missing_ok=True)
+
+
 class StepProfiler:
     """Profiles a phase's steps `train.profile.start` and on, and writes what it has seen of them, once.
 
@@ -74,9 +94,11 @@ class StepProfiler:
         Args:
             pauses: A validation or checkpoint follows, which is not to be in the profile.
         """
-        if self._closed or not self._first - 1 <= number <= self._last:
-            return _NOTHING
-        return self._step(number, pauses)
+        return self._step(number, pauses) if self.covers(number) else _NOTHING
+
+    def covers(self, number: int) -> bool:
+        """Whether a step is profiled, or made ready for."""
+        return not self._closed and self._first - 1 <= number <= self._last
 
     @contextlib.contextmanager
     def _step(self, number: int, pauses: bool) -> Iterator[None]:
@@ -98,8 +120,7 @@ class StepProfiler:
     def _prepare(self) -> None:
         if self._profiler is not None:
             return
-        # Where there is no GPU, Kineto says so as if it were an error.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+        quiet()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.topology.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -111,7 +132,7 @@ class StepProfiler:
             assert self._profiler is not None
             self._profiler.start_trace()
             self._recording = True
-            self._marks.enter_context(measured(lambda part: torch.profiler.record_function(MARK + part)))
+            self._marks.enter_context(marked())
 
     def _halt(self) -> None:
         """Record no more for now."""
@@ -125,7 +146,7 @@ class StepProfiler:
                 profiler.start_trace()  # what is prepared and never begun would disturb the next one
             profiler.stop_trace()
             if recorded:
-                self._traces.append(self._read(profiler))
+                self._traces.append(exported(profiler, self._path(f"-rank-{self.topology.rank:05d}.partial")))
 
     def close(self) -> None:
         """Record no more, and write what has been; the phase ends, or so many steps are made."""
@@ -149,16 +170,6 @@ class StepProfiler:
 
     def _path(self, ending: str) -> Path:
         return self.config.folder / FOLDER / f"{self.phase}{ending}"
-
-    def _read(self, profiler: profile) -> dict[str, Any]:
-        """What has been recorded, by way of a file, which names the machine and so does not stay."""
-        raw = self._path(f"-rank-{self.topology.rank:05d}.partial")
-        try:
-            profiler.export_chrome_trace(str(raw))
-            trace: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8", errors="replace"), strict=False)
-            return trace
-        finally:
-            raw.unlink(missing_ok=True)
 
     def _write(self) -> None:
         trace, rank = joined(self._traces), self.topology.rank

@@ -243,6 +243,15 @@ def test_profiled_on_its_way(runs: Runs) -> None:
         assert any(backwards[-1][0] < begin and end <= backwards[-1][1] for begin, end in updates), "within the last"
 
 
+@pytest.mark.parametrize("name", [REFERENCE, "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2"])
+def test_communication_is_told(name: str, runs: Runs) -> None:
+    """Catches: a share of communication that no phase has, or that is told where there is nobody to talk to."""
+    lines = read_lines(runs(name) / "metrics.jsonl")
+    shares = [(line["phase"], line["perf/communication"]) for line in lines if "perf/communication" in line]
+    assert [phase for phase, _ in shares] == ([] if name == REFERENCE else ["a", "b", "c"])
+    assert all(0 < share < 1 for _, share in shares)
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_features_that_are_kept(name: str, runs: Runs) -> None:
     """Catches: ranks that read what another has not written yet, or find another's entries under their own rows; one

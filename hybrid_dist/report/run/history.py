@@ -35,6 +35,7 @@ class Phase:
     images_per_s: float | None
     """Median, of all processes together."""
     data_wait: float | None
+    communication: float | None
     peak_memory_gb: float | None
     best_step: int | None
     best_score: float | None
@@ -92,6 +93,7 @@ def _phase(
     return Phase(
         name=name, begins=begins, steps=lines[-1]["step"] - begins + 1, seconds=_seconds(name, lines, starts),
         images_per_s=_median(lines, "perf/images_per_s"), data_wait=_median(lines, "perf/data_wait"),
+        communication=_median(lines, "perf/communication"),
         peak_memory_gb=max(peaks, default=None), best_step=best.get("step"), best_score=best.get("score"),
     )  # fmt: skip
 

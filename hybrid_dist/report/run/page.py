@@ -188,12 +188,13 @@ def duration(seconds: float) -> str:
 
 
 def _phase_row(phase: Phase) -> list[str]:
-    shown = [phase.images_per_s, phase.data_wait, phase.peak_memory_gb, phase.best_score]
-    speed, wait, memory, score = ("" if value is None else value for value in shown)
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else form.format(value)
+
     return [
-        phase.name, f"{phase.steps:,}", duration(phase.seconds), f"{speed:.0f}" if speed != "" else "",
-        f"{100 * wait:.1f} %" if wait != "" else "", f"{memory:.2f}" if memory != "" else "",
-        f"{phase.best_step:,}" if phase.best_step is not None else "", f"{score:.4f}" if score != "" else "",
+        phase.name, f"{phase.steps:,}", duration(phase.seconds), shown(phase.images_per_s, "{:.0f}"),
+        shown(phase.data_wait, "{:.1%}"), shown(phase.communication, "{:.1%}"), shown(phase.peak_memory_gb, "{:.2f}"),
+        shown(phase.best_step, "{:,}"), shown(phase.best_score, "{:.4f}"),
     ]  # fmt: skip
 
 
