@@ -32,7 +32,7 @@ def tuned(stage: int, trainable: list[int], total: int) -> dict[str, Any]:
     values = {
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,  # stages 1 and 2 refuse an odd number
     }
     if stage == 3:
         # Gathered weights beyond this are let go after use: a quarter of the model, or splitting it would save nothing.

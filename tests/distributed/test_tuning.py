@@ -35,12 +35,14 @@ def test_what_the_launch_file_says_stands() -> None:
 
 @given(st.integers(1, 3), st.lists(st.integers(1, 40_000_000), max_size=60), st.integers(0, 2_000_000_000))
 def test_sizes_follow_the_model(stage: int, trainable: list[int], frozen: int) -> None:
-    """Catches: one bucket for all gradients of a large model; buckets of nothing, or smaller than a gradient; ZeRO 3
-    that keeps a model whole."""
+    """Catches: one bucket for all gradients of a large model; buckets of nothing, or smaller than a gradient, or of an
+    odd number of weights, with which DeepSpeed does not start; ZeRO 3 that keeps a model whole."""
     total, largest = sum(trainable) + frozen, max(trainable, default=0)
     values = tuned(stage, trainable, total)
     bucket = values["reduce_bucket_size"]
     assert max(FEWEST_IN_A_BUCKET, largest) <= bucket <= max(MOST_IN_A_BUCKET, largest)
+    assert values["allgather_bucket_size"] % 2 == 0
+    assert bucket <= values["allgather_bucket_size"] <= bucket + 1
     if sum(trainable) > 8 * max(FEWEST_IN_A_BUCKET, largest):
         assert bucket * 8 <= sum(trainable)
     if stage == 3 and total > 4 * FEWEST_IN_A_BUCKET:
