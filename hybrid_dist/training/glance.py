@@ -19,6 +19,8 @@ FIRST = 5
 """The step, counted from the last look or the phase's beginning in this process, before which there is none."""
 BUDGET = 1e-3
 """What all looks may cost, as a share of the time."""
+MOST = 8
+"""Micro batches of a step that can be looked at: each one's trace takes tens of MB and a quarter of a second."""
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -28,15 +30,16 @@ class Glance:
     Between looks a step costs a comparison. It asks for nothing but clocks: the training is the same to the bit.
     """
 
-    def __init__(self, topology: Topology, wanted: bool, say: Callable[[str], None]):
+    def __init__(self, topology: Topology, wanted: bool, accumulation: int, say: Callable[[str], None]):
         """Nothing is seen yet.
 
         Args:
             wanted: Whether to look at all; where there is one process there is nothing to see.
+            accumulation: Micro batches in a step of this rank.
             say: Told why it can't be seen.
         """
         self._topology, self._say = topology, say
-        self._open = wanted and topology.is_main and topology.world_size > 1
+        self._open = wanted and topology.is_main and topology.world_size > 1 and accumulation <= MOST
         self._made = 0
         """Steps since `_since`: the last look, or the beginning."""
         self._since = time.monotonic()

@@ -135,7 +135,8 @@ class PhaseLoop:
         if self.bad.lines is not None:
             self.files[BAD_PICTURES] = self.bad.lines
         self.profile = StepProfiler(job, phase.name)
-        self.glance = Glance(self.topology, self.config.tracking.communication, job.terminal.say)
+        wanted = self.config.tracking.communication
+        self.glance = Glance(self.topology, wanted, job.accumulation, job.terminal.say)
         self.begun_at = state.step
         self._waited = self._worked = 0.0
         self._seen = 0

@@ -54,7 +54,7 @@ def test_when_it_looks(group: None, clock: SimpleNamespace) -> None:
     """Catches: a look at the slow first steps, at one with a validation in it, at each step, or never again; a share
     that is of something else than the step."""
     said: list[str] = []
-    glance = Glance(topology(), True, said.append)
+    glance = Glance(topology(), True, 1, said.append)
     seen = steps(glance, range(1, 40), pauses=(FIRST,))
     assert list(seen) == [FIRST + 1]
     assert 0 < seen[FIRST + 1] < 0.9, "it sleeps most of the time"
@@ -67,10 +67,11 @@ def test_when_it_looks(group: None, clock: SimpleNamespace) -> None:
 
 
 def test_where_it_does_not(group: None) -> None:
-    """Catches: a look where there is nobody to wait for, on each rank, or where it is off."""
+    """Catches: a look where there is nobody to wait for, on each rank, where it is off, or at too much."""
+    assert steps(Glance(topology(), True, 9, pytest.fail), range(1, 10), sleep=0) == {}
     for none in (topology(world_size=1), topology(rank=1)):
-        assert steps(Glance(none, True, pytest.fail), range(1, 10), sleep=0) == {}
-    assert steps(Glance(topology(), False, pytest.fail), range(1, 10), sleep=0) == {}
+        assert steps(Glance(none, True, 1, pytest.fail), range(1, 10), sleep=0) == {}
+    assert steps(Glance(topology(), False, 1, pytest.fail), range(1, 10), sleep=0) == {}
 
 
 def test_none_is_to_be_had(group: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,14 +82,14 @@ def test_none_is_to_be_had(group: None, capfd: pytest.CaptureFixture[str], monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "exported", no_space)
-    assert steps(Glance(topology(), True, said.append), range(1, 20), sleep=0) == {}
+    assert steps(Glance(topology(), True, 1, said.append), range(1, 20), sleep=0) == {}
     assert said == ["warning: perf/communication will be missing: [Errno 28] No space left on device"]
     assert capfd.readouterr().err == ""
 
 
 def test_a_step_that_fails(group: None) -> None:
     """Catches: an error of a step that a look hides, or a trace that stays open."""
-    glance = Glance(topology(), True, pytest.fail)
+    glance = Glance(topology(), True, 1, pytest.fail)
     steps(glance, range(1, FIRST), sleep=0)
     with pytest.raises(KeyError), glance.step(FIRST, False):
         raise KeyError
