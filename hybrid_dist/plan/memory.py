@@ -145,7 +145,7 @@ class Process:
             if self.accumulates:
                 yield from self._passes(held, self._live + self.communication + gradients)
             yield "reduction", held + self.communication + gradients
-            yield from self._reductions(held + self.communication, 0, np.zeros_like(self._live))
+            yield from self._reductions_at_the_end(held + self.communication, gradients, own)
         else:
             kept = own if self.accumulates else 0
             yield from self._passes(held, self._live + buckets + kept)
@@ -194,6 +194,26 @@ class Process:
             waiting[low] += parameter.numel
         for low, elements in waiting.items():
             yield "reduction", held + full + self._copies(elements, low)
+
+    def _reductions_at_the_end(self, held: float, gradients: int, own: int) -> Iterator[Moment]:
+        """ZeRO 1: once all gradients are there they move into buckets, group by group.
+
+        Args:
+            own: Bytes of those that fall to this process, room for all of which is made as the first bucket is full.
+        """
+        ordered = sorted((p for p in self.parameters if p.group is not None), key=lambda p: p.group or 0)
+        waiting = dict.fromkeys(self._kinds(), 0)
+        left, kept = gradients, 0
+        for parameter in ordered:
+            low = self._low(parameter)
+            if waiting[low] and waiting[low] + parameter.numel > self.buffers.bucket:
+                yield "reduction", held + left + kept + self._copies(waiting[low], low)
+                yield "reduction", held + left + own
+                waiting[low], kept = 0, own
+            waiting[low] += parameter.numel
+            left -= FP32 * parameter.numel
+        for low, elements in waiting.items():
+            yield "reduction", held + left + own + self._copies(elements, low)
 
     def _copies(self, elements: int, low: bool) -> float:
         """Bytes of what is copied out of a bucket of so many elements to be reduced."""

@@ -52,6 +52,18 @@ def test_recomputed_peak_is_right(tiny_data: Path, tmp_path: Path) -> None:
     assert row["measured"][0]["peak"] < 0.8 * plain["measured"][0]["peak"]
 
 
+def test_peak_where_weights_are_most(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a copy of gradients or weights that only shows where activations do not hide it."""
+    values = tiny_values(tiny_data, tmp_path)
+    values["model"]["cnn"]["kwargs"]["dims"] = [32, 64, 256, 768]
+    values["model"]["transformer"]["kwargs"]["embed_dim"] = 96
+    values["train"] = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": 2}
+    YAML().dump(values, tmp_path / "config.yaml")
+    for launch, row in measured(tmp_path / "config.yaml", "c", LAUNCHES, []).items():
+        for want, have in zip(row["planned"], row["measured"], strict=True):
+            assert want["peak"] == pytest.approx(have["peak"], rel=0.1), launch
+
+
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_states_are_exact(rows: dict[str, dict[str, Any]], launch: str) -> None:
     """Catches: a padding, a copy or a rank's share that the engine has and the plan has not, or the other way round."""
