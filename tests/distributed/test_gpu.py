@@ -5,14 +5,22 @@ One process, so NCCL beside the gloo control group is not covered here: that tak
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from tests.conftest import launch, read_lines, tiny_values
+from hybrid_dist.config import load_config
+from hybrid_dist.distributed import FORWARD, span
+from hybrid_dist.plan import Planner
+from hybrid_dist.plan.split import ASSUMED
+from hybrid_dist.training.glance import FIRST, Glance
+from tests.conftest import ROOT, launch, read_lines, tiny_values
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,12 +28,11 @@ pytestmark = [
 ]
 
 
-def train(
-    data: Path, folder: Path, config_file: str | None, precision: str, gpu: bool, deterministic: bool = False
-) -> list[dict]:
+def train(data: Path, folder: Path, config_file: str | None, precision: str, gpu: bool, **keys: Any) -> list[dict]:
+    """The run's trace, with the first norm of its gradients in the last line. `keys` go into the config's `train`."""
     folder.mkdir()
     values = tiny_values(data, folder)
-    values["train"] |= {"precision": precision, "deterministic": deterministic}
+    values["train"] |= {"precision": precision, **keys}
     YAML().dump(values, folder / "config.yaml")
     extra = ("--num_processes", "1") if config_file else ()
     launch("--config", str(folder / "config.yaml"), config_file=config_file, extra=extra, gpu=gpu)
@@ -60,3 +67,77 @@ def test_deterministic_is_to_the_bit(config_file: str, tiny_data: Path, tmp_path
     assert lines[0] == lines[1]
     one, other = (load_file(tmp_path / name / "runs" / "tiny" / "model" / "model.safetensors") for name in "ab")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_compiled_blocks_follow(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a compiled kernel that computes something else, or dropout that is drawn otherwise."""
+    plain, compiled = (
+        train(tiny_data, tmp_path / str(on), "single_gpu", "fp32", gpu=True, compile=on) for on in (False, True)
+    )
+    assert [line["digest"] for line in compiled] == [line["digest"] for line in plain]
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), f"step {one['step']}"
+
+
+def test_profile_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: kernels that no part owns, or that are not in the trace; a part without any."""
+    train(tiny_data, tmp_path / "run", "single_gpu", "bf16", gpu=True, profile={"start": 4, "steps": 3})
+    for phase in "abc":
+        found = json.loads((tmp_path / "run" / "runs" / "tiny" / "profile" / f"{phase}.json").read_text())
+        assert found["steps"] == [4, 5, 6]
+        assert sum(found["split"].values()) == pytest.approx(found["seconds"], rel=1e-6)
+        assert min(found["split"][part] for part in ("forward", "backward", "optimizer")) > 0
+        assert found["split"]["communication"] == 0
+        assert len(found["operations"]) > 5 and found["allocated_gb"] > 0
+
+
+def test_a_look_at_a_gpu() -> None:
+    """Catches: a look that sees no kernel, and says that this GPU tells nothing."""
+    topology: Any = SimpleNamespace(is_main=True, world_size=2, device=torch.device("cuda", 0))
+    glance = Glance(topology, True, 1, pytest.fail)
+    values = torch.randn(2048, 2048, device="cuda")
+    for number in range(1, FIRST + 1):
+        with glance.step(number, False), span(FORWARD):
+            values @ values
+    assert glance.take() == 0, "nothing was sent"
+
+
+def test_memory_runs_out_on_a_gpu(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: an out of memory of CUDA's that is no reason to halve, or that leaves the device unusable."""
+    lines = {}
+    for name, micro_batch in (("whole", 48), ("auto", "auto")):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = tiny_values(tiny_data, folder)
+        values["model"]["cnn"]["kwargs"]["dims"] = [24, 32, 48, 64]
+        values["data"]["image_size"] = 192
+        values["train"] |= {"global_batch_size": 48, "micro_batch_size": micro_batch}
+        values["phases"] = [values["phases"][2] | {"steps": 3}]
+        YAML().dump(values, folder / "config.yaml")
+        monkeypatch.setenv("LITTLE_GPU", "100000" if name == "whole" else "250")
+        script = "tests/distributed/little_gpu.py"
+        launch("--config", str(folder / "config.yaml"), config_file="single_gpu", gpu=True, script=script)
+        lines[name] = read_lines(folder / "runs" / "tiny" / "trace.jsonl")
+    tried = read_lines(tmp_path / "auto" / "runs" / "tiny" / "out_of_memory.jsonl")
+    assert [line["micro_batch"] for line in tried] == [48 >> index for index in range(len(tried))] != []
+    for one, other in zip(lines["whole"], lines["auto"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), f"step {one['step']}"
+
+
+def test_planned_peak_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: what cuDNN and cuBLAS take beside the tensors, where the plan's allowance does not cover it."""
+    keys = ["model.allow_scratch=true", "model.cnn.weights=scratch", "model.transformer.weights=scratch"]
+    keys += ["train.micro_batch_size=8", "train.global_batch_size=16"]
+    config = load_config(str(ROOT / "configs" / "small.yaml"), keys)
+    planner = Planner(config, dict.fromkeys(("type", "airline"), ASSUMED), 1, 10**12, "cuda")
+    (strategy,) = (one for one in planner.strategies if not one.recompute)
+    phase = config.phases[-1]
+    _, planned = planner.process(phase.name, strategy, 8).peak
+    data = [f"data.{split}_{kind}={tiny_data / split}{'.csv' if kind == 'csv' else ''}" for split in ("train", "val")
+            for kind in ("csv", "images")]  # fmt: skip
+    phases = json.dumps([{"name": phase.name, "trainable": ["all"], "steps": 4, "lr": 1e-5}])
+    keys += [*data, f"run.dir={tmp_path}", "run.name=small", f"phases={phases}", "tracking.report=false"]
+    launch("--config", "configs/small.yaml", *keys, config_file="single_gpu", gpu=True)
+    lines = read_lines(tmp_path / "small" / "metrics.jsonl")
+    taken = max(line.get("perf/peak_memory_gb", 0.0) for line in lines) * 1e9
+    assert 0.85 * planned < taken < 1.1 * planned + 0.5e9
