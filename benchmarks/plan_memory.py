@@ -39,7 +39,7 @@ from hybrid_dist.model.hybrid import build_model
 from hybrid_dist.plan import Planner
 from hybrid_dist.plan.split import ASSUMED
 from hybrid_dist.training.objective import Objective
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.step import train_step
 from hybrid_dist.training.tasks import make_tasks
 
@@ -167,12 +167,13 @@ class Sent(TorchDispatchMode):
 def take_steps(config: Config, topology: Topology, phase: str) -> tuple[dict[str, int], list[set[int]]]:
     """Make an engine and its steps; bytes of its states, and the addresses in use before each measured step."""
     tasks = make_tasks(config.tasks, {name: tuple(map(str, range(count))) for name, count in classes(config).items()})
+    own = next(entry for entry in config.phases if entry.name == phase)
     model = build_model(config.model, config.tasks, classes(config), config.data.image_size, 0, load=False)
-    model.set_trainable(next(entry.trainable for entry in config.phases if entry.name == phase))
+    model.set_trainable(own.trainable)
     model.checkpoint_activations(config.train.checkpoint_activations)
     accumulation = config.train.global_batch_size // (config.train.micro_batch_size * topology.world_size)
-    groups, micro_batch = param_groups(model, config.train.weight_decay), config.train.micro_batch(1)
-    engine = make_engine(topology, model, groups, config.train, micro_batch, accumulation)
+    groups = param_groups(model, config.train.weight_decay, peaks=peak_rates(model, own))
+    engine = make_engine(topology, model, groups, config.train, config.train.micro_batch(1), accumulation)
     engine.set_lr(1e-6)
     gradients: dict[int, int] = {}
     watch_gradients(engine, gradients)

@@ -50,8 +50,9 @@ def work_of(name: str) -> tuple[Work, int]:
         "tasks": {"type": {"kind": "classification", "column": "typename"}},
         "train": {"precision": "fp16"},
     }
-    fake = FakeModel(parse_config(values, name), {"type": 1000})
-    parameters = fake.train(["all"])
+    config = parse_config(values, name)
+    fake = FakeModel(config, {"type": 1000})
+    parameters = fake.train(config.phases[-1])
     return timeline(fake, "fp16", "cuda", False).work, sum(parameter.numel for parameter in parameters)
 
 

@@ -53,10 +53,9 @@ CLOSE = 1.05
 
 
 class Rules(NamedTuple):
-    """What a phase lets train, of the model for its size of pictures."""
+    """A phase, and how it runs under a strategy."""
 
-    image_size: int
-    trainable: tuple[str, ...]
+    phase: str
     recompute: tuple[str, ...] = ()
     """Branches whose activations are computed again."""
     given: tuple[str, ...] = ()
@@ -98,10 +97,10 @@ class Planner:
         self.fakes = {size: FakeModel(config, classes, size) for size in config.sizes}
         for index, phase in enumerate(config.phases):
             try:
-                self.fakes[config.size(phase)].train(phase.trainable)
+                self.fakes[config.size(phase)].train(phase)
             except UserError as error:
-                raise UserError(f"phases.{index}.trainable: {error}") from None
-        self.rules = {phase.name: Rules(config.size(phase), tuple(phase.trainable)) for phase in config.phases}
+                raise UserError(f"phases.{index}.{error}") from None
+        self.rules = {phase.name: Rules(phase.name) for phase in config.phases}
         self.branches = tuple(next(iter(self.fakes.values())).model.branches())
         self.recomputed = tuple(config.train.checkpoint_activations) or self.branches
         """Which branches do so where a strategy recomputes."""
@@ -115,8 +114,7 @@ class Planner:
 
     def _ruled(self, phase: str, strategy: Strategy, given: tuple[str, ...] = ()) -> Rules:
         """The phase's rules under a strategy."""
-        recompute = self.recomputed if strategy.recompute else ()
-        return self.rules[phase]._replace(recompute=recompute, given=given)
+        return self.rules[phase]._replace(recompute=self.recomputed if strategy.recompute else (), given=given)
 
     def on(self, processes: int) -> Planner:
         """The same on another number of processes; what is traced serves both."""
@@ -138,7 +136,7 @@ class Planner:
             rank = fullest_rank(parameters, strategy.stage, self.processes)
         low = self.precision in AUTOCAST
         setting = Setting(strategy, self.processes, micro_batch, accumulation, low, self.device, self.averages)
-        held = self.fakes[rules.image_size].buffer_bytes()
+        held = self._fake(phase).buffer_bytes()
         return Process(setting, self._timeline(rules, strategy.stage == 3), parameters, held, rank)
 
     def row(self, phase: str, strategy: Strategy, micro_batch: int) -> Row:
@@ -191,9 +189,8 @@ class Planner:
         if self.pictures is None:
             return None
         config, length = self._phase(phase), self._length(phase, self.pictures)
-        rules = self.rules[phase]
-        self._trained(rules)
-        frozen = self.fakes[rules.image_size].model.frozen()
+        self._trained(self.rules[phase])
+        frozen = self._fake(phase).model.frozen()
         views, _ = views_of(config, frozen, length)
         return None if views is None else Kept(tuple(frozen), views, length.total - views * length.per_epoch)
 
@@ -306,6 +303,10 @@ class Planner:
     def _phase(self, name: str) -> PhaseConfig:
         return next(phase for phase in self.config.phases if phase.name == name)
 
+    def _fake(self, name: str) -> FakeModel:
+        """The model for a phase's size of pictures; which of it trains is as was said last."""
+        return self.fakes[self.config.size(self._phase(name))]
+
     def _steps(self, name: str) -> int | None:
         return self._phase(name).steps if self.pictures is None else self._length(name, self.pictures).total
 
@@ -352,8 +353,8 @@ class Planner:
         return FP32 * kept // self.processes
 
     def _trained(self, rules: Rules) -> list[Parameter]:
-        return self.fakes[rules.image_size].train(rules.trainable, rules.recompute)
+        return self._fake(rules.phase).train(self._phase(rules.phase), rules.recompute)
 
     def _trace(self, rules: Rules, uncast_linear: bool) -> Timeline:
         self._trained(rules)
-        return timeline(self.fakes[rules.image_size], self.precision, self.device, uncast_linear, rules.given)
+        return timeline(self._fake(rules.phase), self.precision, self.device, uncast_linear, rules.given)

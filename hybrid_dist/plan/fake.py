@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hybrid_dist.config import Config
+from hybrid_dist.config import Config, PhaseConfig
+from hybrid_dist.errors import UserError
 from hybrid_dist.model.hybrid import Hybrid, build_model
-from hybrid_dist.training.optim import param_groups
+from hybrid_dist.training.optim import param_groups, peak_rates
 from hybrid_dist.training.tasks import Task, make_tasks
 
 LOW_PRECISION_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -55,22 +56,25 @@ class FakeModel:
         names = {task: tuple(map(str, range(count))) for task, count in classes.items()}
         self.tasks: list[Task] = make_tasks(config.tasks, names)
 
-    def train(self, rules: Sequence[str], recompute: Sequence[str] = ()) -> list[Parameter]:
-        """Let train what a phase's `trainable` names; gives all parameters in the model's order.
+    def train(self, phase: PhaseConfig, recompute: Sequence[str] = ()) -> list[Parameter]:
+        """Let train what a phase says; gives all parameters in the model's order.
 
         Args:
             recompute: The branches whose activations are computed again.
 
         Raises:
-            UserError: they name nothing in this model.
+            UserError: its `trainable` names nothing in this model, or its rates don't suit; begins with the key.
         """
-        self.model.set_trainable(rules)
+        try:
+            self.model.set_trainable(phase.trainable)
+        except UserError as error:
+            raise UserError(f"trainable: {error}") from None
         self.model.checkpoint_activations(recompute)
         self.model.train()
-        return self._parameters()
+        return self._parameters(phase)
 
-    def _parameters(self) -> list[Parameter]:
-        groups = param_groups(self.model, self.config.train.weight_decay)
+    def _parameters(self, phase: PhaseConfig) -> list[Parameter]:
+        groups = param_groups(self.model, self.config.train.weight_decay, peaks=peak_rates(self.model, phase))
         group_of = {name: index for index, group in enumerate(groups) for name in group["names"]}
         low = {
             id(parameter)

@@ -23,7 +23,7 @@ def flops_per_picture(config: Config, classes: dict[str, int], phase: PhaseConfi
         UserError: as `FakeModel`, or the model does other operations for more pictures.
     """
     fake = FakeModel(config, classes, config.size(phase))
-    fake.train(phase.trainable)
+    fake.train(phase)
     return timeline(fake, config.train.precision, "cuda", uncast_linear=False).work.flops_per_sample()
 
 

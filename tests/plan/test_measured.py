@@ -52,15 +52,19 @@ def test_recomputed_peak_is_right(tiny_data: Path, tmp_path: Path) -> None:
     assert row["measured"][0]["peak"] < 0.8 * plain["measured"][0]["peak"]
 
 
-def test_peak_where_weights_are_most(tiny_data: Path, tmp_path: Path) -> None:
-    """Catches: a copy of gradients or weights that only shows where activations do not hide it."""
+def test_where_weights_are_most(tiny_data: Path, tmp_path: Path) -> None:
+    """Catches: a copy of gradients or weights that only shows where activations do not hide it; groups of the optimizer
+    that follow from rates by part and layer, each of which ZeRO shares out by itself."""
     values = tiny_values(tiny_data, tmp_path)
     values["model"]["cnn"]["kwargs"]["dims"] = [32, 64, 256, 768]
     values["model"]["transformer"]["kwargs"]["embed_dim"] = 96
     values["train"] = {"precision": "bf16", "micro_batch_size": 1, "global_batch_size": 2}
+    rates = dict.fromkeys(("cnn", "transformer", "fusion"), 1e-4) | {"heads": 1e-3}
+    values["phases"] = [values["phases"][2] | {"lr": rates, "layer_decay": 0.7}]
     YAML().dump(values, tmp_path / "config.yaml")
     for launch, row in measured(tmp_path / "config.yaml", "c", LAUNCHES, []).items():
         for want, have in zip(row["planned"], row["measured"], strict=True):
+            assert {kind: have[kind] for kind in KINDS} == {kind: want[kind] for kind in KINDS}, launch
             assert want["peak"] == pytest.approx(have["peak"], rel=0.1), launch
 
 

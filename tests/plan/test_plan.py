@@ -189,6 +189,7 @@ def test_number_of_processes_is_named(planner: Planner, config_file: Path) -> No
         (["--gpus", "2", "--gpu", "l4", "--plot", "plan.gif"], "FILE.png or FILE.svg"),
         (["--gpus", "3", "--gpu-memory", "80"], "does not divide"),
         (["--gpus", "2", "--gpu-memory", "80", "phases.1.trainable=[nothing*]"], "phases.1.trainable"),
+        (["--gpus", "2", "--gpu-memory", "80", "phases.1.lr={heads: 1e-3}"], "phases.1.lr: no rate for"),
         (["--gpus", "2", "--gpu-memory", "80", "model.fusion=glue"], "model.fusion"),
     ],
 )
