@@ -213,7 +213,8 @@ class Process:
             waiting[low] += parameter.numel
             left -= FP32 * parameter.numel
         for low, elements in waiting.items():
-            yield "reduction", held + left + own + self._copies(elements, low)
+            yield "reduction", held + left + kept + self._copies(elements, low)
+        yield "reduction", held + left + own
 
     def _copies(self, elements: int, low: bool) -> float:
         """Bytes of what is copied out of a bucket of so many elements to be reduced."""

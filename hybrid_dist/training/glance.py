@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,19 +18,21 @@ from hybrid_dist.distributed import Topology
 from hybrid_dist.training.profile import exported, marked, quiet
 from hybrid_dist.training.profile_trace import COMMUNICATION, DEVICE_WORK, MARK, split
 
-FIRST = 5
-"""The step, counted from the last look or the phase's beginning in this process, before which there is none."""
+FIRST = 4
+"""Steps of a phase in this process before the first look is wished for."""
 BUDGET = 1e-3
-"""What all looks may cost, as a share of the time."""
+"""What looks may cost, as a share of the time, the first left aside."""
 MOST = 8
 """Micro batches of a step that can be looked at: each one's trace takes tens of MB and a quarter of a second."""
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Glance:
-    """Looks at a step of a phase on rank 0, as a profile would, and again once what that cost is little of the time.
+    """Looks at a step of a phase, as a profile would, and again once what that cost is little of the time.
 
-    Between looks a step costs a comparison. It asks for nothing but clocks: the training is the same to the bit.
+    Rank 0 says when, and reads what it has seen; all ranks trace that step, for one that is slowed alone is waited for
+    and waits for nobody. Between looks a step costs a comparison. It asks for nothing but clocks: the training is the
+    same to the bit.
     """
 
     def __init__(self, topology: Topology, wanted: bool, accumulation: int, say: Callable[[str], None]):
@@ -39,19 +44,36 @@ class Glance:
             say: Told why it can't be seen.
         """
         self._topology, self._say = topology, say
-        self._open = wanted and topology.is_main and topology.world_size > 1 and accumulation <= MOST
+        self._open = wanted and topology.world_size > 1 and accumulation <= MOST
+        self._took: deque[float] = deque(maxlen=9)
+        """Seconds of the last steps."""
         self._made = 0
-        """Steps since `_since`: the last look, or the beginning."""
-        self._since = time.monotonic()
+        self._began = time.monotonic()
         self._rests_until = 0.0
+        self._agreed = False
         self._seen: float | None = None
+
+    def wish(self) -> int:
+        """Whether this rank wants a look at a step soon; the ranks add it up, and `agree` is told the sum."""
+        due = self._open and self._topology.is_main and self._made >= FIRST
+        return int(due and time.monotonic() >= self._rests_until)
+
+    def agree(self, wishes: int) -> None:
+        """The next step is looked at if there is a wish; all ranks alike."""
+        if wishes:
+            self._agreed, self._rests_until = True, math.inf
 
     def step(self, number: int, pauses: bool) -> contextlib.AbstractContextManager[None]:
         """A context for a step, with the taking of its data. `pauses`: a validation or checkpoint is within it."""
+        now = time.monotonic()
+        if self._made:
+            self._took.append(now - self._began)
+        self._began = now
         self._made += 1
-        if not self._open or pauses or self._made < FIRST or time.monotonic() < self._rests_until:
-            return _NOTHING
-        return self._look(number)
+        agreed, self._agreed = self._agreed, False
+        if agreed and pauses:  # another one, then
+            self._rests_until = now
+        return self._look(number) if agreed and not pauses and self._open else _NOTHING
 
     def take(self) -> float | None:
         """The share of the last step that has been looked at since this was asked; None if none has."""
@@ -60,8 +82,6 @@ class Glance:
 
     @contextlib.contextmanager
     def _look(self, number: int) -> Iterator[None]:
-        began = time.monotonic()
-        usual = (began - self._since) / (self._made - 1)
         quiet()
         device = self._topology.device
         on_cuda = device.type == "cuda"
@@ -75,30 +95,29 @@ class Glance:
                 self._give_up(error)
             stack.enter_context(marked())
             stack.enter_context(record_function(f"{MARK}step {number}"))
+            ready = time.monotonic()
             yield
             if on_cuda:
                 torch.cuda.synchronize(device)
-        ended = time.monotonic()
-        if self._open:
+            ended = time.monotonic()
+        if self._open and self._topology.is_main:
             self._read(looking, number)
-        now = time.monotonic()
-        cost = max(now - began - usual, now - ended)
-        self._made, self._since, self._rests_until = 0, now, now + cost / BUDGET
+        now, usual = time.monotonic(), statistics.median(self._took)
+        slowed = min(max(ended - ready - usual, 0.0), usual)  # a step that waited for its data is none that was slowed
+        self._rests_until = now + (ready - self._began + slowed + now - ended) / BUDGET
 
     def _read(self, looking: profile, number: int) -> None:
         on_cuda = self._topology.device.type == "cuda"
         try:
             with tempfile.TemporaryDirectory() as folder:
                 events = exported(looking, Path(folder) / "trace.json")["traceEvents"]
-        except (OSError, RuntimeError, ValueError) as error:
+            if on_cuda and not any(event.get("cat") in DEVICE_WORK for event in events):
+                raise ValueError("this GPU tells nothing of its work")
+            found = split(events, [number], on_cuda)
+            self._seen = found.parts[COMMUNICATION] / found.steps[0]
+        except Exception as error:  # whatever a trace lacks: it is no reason to end a training
             self._give_up(error)
-            return
-        if on_cuda and not any(event.get("cat") in DEVICE_WORK for event in events):
-            self._give_up("this GPU tells nothing of its work")
-            return
-        found = split(events, [number], on_cuda)
-        self._seen = found.parts[COMMUNICATION] / found.steps[0]
 
-    def _give_up(self, reason: object) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._open = False
-        self._say(f"warning: perf/communication will be missing: {reason}")
+        self._say(f"warning: perf/communication will be missing: {type(error).__name__}: {error}")

@@ -220,7 +220,8 @@ class PhaseLoop:
         """This rank's micro batches of the next step, and the global batch's labels by task."""
         tasks = self.job.tasks
         batches, sums = self.together.take(feed, self.job.accumulation, self._facts)
-        (*counts, samples, bad), lacking = sums[: len(tasks) + 2], sums[len(tasks) + 2 :]
+        (*counts, samples, bad, looks), lacking = sums[: len(tasks) + 3], sums[len(tasks) + 3 :]
+        self.glance.agree(looks)
         if bad:
             self._met_bad("train", batches)
         batches = self.frozen.agree(batches, lacking)
@@ -229,7 +230,8 @@ class PhaseLoop:
         return batches, {task.name: count / WHOLE for task, count in zip(tasks, counts, strict=True)}
 
     def _facts(self, found: list[Batch]) -> list[int]:
-        return [*label_counts(self.job.tasks, found), bad_count(found), *self.frozen.lacking(found)]
+        own = [bad_count(found), self.glance.wish()]
+        return [*label_counts(self.job.tasks, found), *own, *self.frozen.lacking(found)]
 
     def _look_ahead(self) -> None:
         if not self._pauses_after(self.state.phase_step + 1):

@@ -33,9 +33,11 @@ def train(data: Path, folder: Path, config_file: str | None, precision: str, gpu
     folder.mkdir()
     values = tiny_values(data, folder)
     values["train"] |= {"precision": precision, **keys}
+    if "compile" in keys:  # what is drawn in compiled blocks is to be the same
+        values["model"]["dropout"] = values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.2
     YAML().dump(values, folder / "config.yaml")
     extra = ("--num_processes", "1") if config_file else ()
-    launch("--config", str(folder / "config.yaml"), config_file=config_file, extra=extra, gpu=gpu)
+    launch("--config", str(folder / "config.yaml"), config_file=config_file, extra=extra, gpu=gpu, timeout=1800)
     run = folder / "runs" / "tiny"
     norm = next(line["train/grad_norm"] for line in read_lines(run / "metrics.jsonl") if "train/grad_norm" in line)
     lines = read_lines(run / "trace.jsonl")
@@ -75,12 +77,13 @@ def test_compiled_blocks_follow(tiny_data: Path, tmp_path: Path) -> None:
         train(tiny_data, tmp_path / str(on), "single_gpu", "fp32", gpu=True, compile=on) for on in (False, True)
     )
     assert [line["digest"] for line in compiled] == [line["digest"] for line in plain]
+    assert [line["loss"] for line in compiled] != [line["loss"] for line in plain], "nothing was compiled"
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3), f"step {one['step']}"
 
 
 def test_profile_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
-    """Catches: kernels that no part owns, or that are not in the trace; a part without any."""
+    """Catches: kernels that are not in the trace, or that no part owns."""
     train(tiny_data, tmp_path / "run", "single_gpu", "bf16", gpu=True, profile={"start": 4, "steps": 3})
     for phase in "abc":
         found = json.loads((tmp_path / "run" / "runs" / "tiny" / "profile" / f"{phase}.json").read_text())
@@ -88,6 +91,7 @@ def test_profile_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
         assert sum(found["split"].values()) == pytest.approx(found["seconds"], rel=1e-6)
         assert min(found["split"][part] for part in ("forward", "backward", "optimizer")) > 0
         assert found["split"]["communication"] == 0
+        assert found["split"]["other"] < 0.5 * found["seconds"]
         assert len(found["operations"]) > 5 and found["allocated_gb"] > 0
 
 
@@ -96,8 +100,9 @@ def test_a_look_at_a_gpu() -> None:
     topology: Any = SimpleNamespace(is_main=True, world_size=2, device=torch.device("cuda", 0))
     glance = Glance(topology, True, 1, pytest.fail)
     values = torch.randn(2048, 2048, device="cuda")
-    for number in range(1, FIRST + 1):
+    for number in range(1, FIRST + 2):
         with glance.step(number, False), span(FORWARD):
+            glance.agree(glance.wish())
             values @ values
     assert glance.take() == 0, "nothing was sent"
 
@@ -125,14 +130,14 @@ def test_memory_runs_out_on_a_gpu(tiny_data: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_planned_peak_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
-    """Catches: what cuDNN and cuBLAS take beside the tensors, where the plan's allowance does not cover it."""
+    """Catches: a planned peak that a GPU's kernels, with their workspaces, do not keep to."""
     keys = ["model.allow_scratch=true", "model.cnn.weights=scratch", "model.transformer.weights=scratch"]
     keys += ["train.micro_batch_size=8", "train.global_batch_size=16"]
     config = load_config(str(ROOT / "configs" / "small.yaml"), keys)
     planner = Planner(config, dict.fromkeys(("type", "airline"), ASSUMED), 1, 10**12, "cuda")
     (strategy,) = (one for one in planner.strategies if not one.recompute)
     phase = config.phases[-1]
-    _, planned = planner.process(phase.name, strategy, 8).peak
+    (_, tensors), allowed = planner.process(phase.name, strategy, 8).peak, planner.row(phase.name, strategy, 8).peak
     data = [f"data.{split}_{kind}={tiny_data / split}{'.csv' if kind == 'csv' else ''}" for split in ("train", "val")
             for kind in ("csv", "images")]  # fmt: skip
     phases = json.dumps([{"name": phase.name, "trainable": ["all"], "steps": 4, "lr": 1e-5}])
@@ -140,4 +145,4 @@ def test_planned_peak_of_a_gpu(tiny_data: Path, tmp_path: Path) -> None:
     launch("--config", "configs/small.yaml", *keys, config_file="single_gpu", gpu=True)
     lines = read_lines(tmp_path / "small" / "metrics.jsonl")
     taken = max(line.get("perf/peak_memory_gb", 0.0) for line in lines) * 1e9
-    assert 0.85 * planned < taken < 1.1 * planned + 0.5e9
+    assert 0.85 * tensors < taken < allowed

@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 from hybrid_dist.distributed import BACKWARD, span
 from hybrid_dist.training import glance as module
-from hybrid_dist.training.glance import BUDGET, FIRST, Glance
+from hybrid_dist.training.glance import BUDGET, FIRST, MOST, Glance
+
+STEP, SLOWER, READING = 0.02, 0.03, 0.5
+"""Seconds of a step, by how much more one takes that is looked at, and of reading what was seen."""
 
 
 def topology(rank: int = 0, world_size: int = 2) -> Any:
@@ -23,10 +26,16 @@ def topology(rank: int = 0, world_size: int = 2) -> Any:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time that Glance goes by: real, and what is added to it."""
-    real, ahead = time.monotonic, SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: real() + ahead.seconds))
-    return ahead
+    """The time that Glance goes by: it only moves as `steps` and the reading of a trace move it."""
+    now, read = SimpleNamespace(seconds=100.0), module.exported
+
+    def slowly(*arguments: Any) -> Any:
+        now.seconds += READING
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(module, "exported", slowly)
+    return now
 
 
 @pytest.fixture
@@ -36,62 +45,86 @@ def group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def steps(glance: Glance, numbers: range, pauses: tuple[int, ...] = (), sleep: float = 0.02) -> dict[int, float]:
-    """What is seen, by the step after which it was."""
+def steps(
+    glance: Glance, numbers: range, clock: Any, pauses: tuple[int, ...] = (), ahead: bool = False
+) -> dict[int, float]:
+    """What is seen, by the step after which it was; `ahead`: wishes for the next step are told in this one."""
     seen = {}
     values = torch.ones(1_000_000)
+    told = 0
     for number in numbers:
+        resting = glance._rests_until
         with glance.step(number, number in pauses), span(BACKWARD):
+            told = told if ahead else glance.wish()
+            glance.agree(told)
+            told = glance.wish() if ahead else 0
             dist.all_reduce(values)
-            time.sleep(sleep)
+            time.sleep(0.01)
+            clock.seconds += STEP + (SLOWER if resting == float("inf") else 0)
         share = glance.take()
         if share is not None:
             seen[number] = share
     return seen
 
 
-def test_when_it_looks(group: None, clock: SimpleNamespace) -> None:
-    """Catches: a look at the slow first steps, at one with a validation in it, at each step, or never again; a share
-    that is of something else than the step."""
-    said: list[str] = []
-    glance = Glance(topology(), True, 1, said.append)
-    seen = steps(glance, range(1, 40), pauses=(FIRST,))
-    assert list(seen) == [FIRST + 1]
-    assert 0 < seen[FIRST + 1] < 0.9, "it sleeps most of the time"
-    rests = glance._rests_until - module.time.monotonic()
-    assert 0 < rests < 5 / BUDGET
+@pytest.mark.parametrize("ahead", [False, True])
+def test_when_it_looks(group: None, clock: SimpleNamespace, ahead: bool) -> None:
+    """Catches: a look at the slow first steps, at one with a validation in it, twice in a row, or never again; one that
+    costs more than it may; a share that is of something else than the step."""
+    first = FIRST + 1 + ahead
+    glance = Glance(topology(), True, 1, pytest.fail)
+    seen = steps(glance, range(1, 40), clock, pauses=(first,), ahead=ahead)
+    # The wish comes anew in the step that pauses, or, as its facts have been told by then, in the one after it.
+    assert list(seen) == [first + 1 + ahead]
+    (share,) = seen.values()
+    assert 0 < share < 0.9, "it sleeps most of the time"
+    rests = glance._rests_until - clock.seconds + STEP * (39 - first - 1 - ahead)
+    # A step that is slowed counts with a usual one at the most.
+    assert rests == pytest.approx((READING + STEP) / BUDGET)
+    assert steps(glance, range(40, 60), clock, ahead=ahead) == {}
     clock.seconds += rests
-    assert list(steps(glance, range(40, 60))) == [40]
-    assert steps(glance, range(60, 80)) == {}
-    assert said == []
+    assert list(steps(glance, range(60, 80), clock, ahead=ahead)) == [61 + ahead]
 
 
-def test_where_it_does_not(group: None) -> None:
-    """Catches: a look where there is nobody to wait for, on each rank, where it is off, or at too much."""
-    assert steps(Glance(topology(), True, 9, pytest.fail), range(1, 10), sleep=0) == {}
-    for none in (topology(world_size=1), topology(rank=1)):
-        assert steps(Glance(none, True, 1, pytest.fail), range(1, 10), sleep=0) == {}
-    assert steps(Glance(topology(), False, 1, pytest.fail), range(1, 10), sleep=0) == {}
+def test_where_it_does_not(group: None, clock: SimpleNamespace) -> None:
+    """Catches: a look where there is nobody to wait for, where it is off, or at too much; a rank that wishes for one
+    beside the first, or reads what that reads."""
+    off = [(topology(world_size=1), True, 1), (topology(), False, 1), (topology(), True, MOST + 1)]
+    for where, wanted, accumulation in off:
+        assert steps(Glance(where, wanted, accumulation, pytest.fail), range(1, 10), clock) == {}
+    other = Glance(topology(rank=1), True, 1, pytest.fail)
+    assert steps(other, range(1, 10), clock) == {}
+    other.agree(1)
+    begun = clock.seconds
+    assert steps(other, range(10, 12), clock) == {}
+    assert clock.seconds - begun < READING
 
 
-def test_none_is_to_be_had(group: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", [OSError(28, "No space left on device"), {}, {"traceEvents": []}])
+def test_none_is_to_be_had(
+    found: Any, group: None, clock: SimpleNamespace, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches: a training that ends for it, words of Kineto's own, a look that is tried again at each step."""
     said: list[str] = []
 
-    def no_space(*_: Any) -> Any:
-        raise OSError(28, "No space left on device")
+    def exported(*_: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(module, "exported", no_space)
-    assert steps(Glance(topology(), True, 1, said.append), range(1, 20), sleep=0) == {}
-    assert said == ["warning: perf/communication will be missing: [Errno 28] No space left on device"]
+    monkeypatch.setattr(module, "exported", exported)
+    assert steps(Glance(topology(), True, 1, said.append), range(1, 20), clock) == {}
+    (line,) = said
+    assert line.startswith("warning: perf/communication will be missing: ")
     assert capfd.readouterr().err == ""
 
 
-def test_a_step_that_fails(group: None) -> None:
+def test_a_step_that_fails(group: None, clock: SimpleNamespace) -> None:
     """Catches: an error of a step that a look hides, or a trace that stays open."""
     glance = Glance(topology(), True, 1, pytest.fail)
-    steps(glance, range(1, FIRST), sleep=0)
-    with pytest.raises(KeyError), glance.step(FIRST, False):
+    steps(glance, range(1, FIRST + 1), clock)
+    with pytest.raises(KeyError), glance.step(FIRST + 1, False):
         raise KeyError
     assert glance.take() is None
-    assert list(steps(glance, range(FIRST + 1, 10), sleep=0)) == [FIRST + 1]
+    again = Glance(topology(), True, 1, pytest.fail)
+    assert list(steps(again, range(1, 10), clock)) == [FIRST + 1]
