@@ -226,7 +226,23 @@ class ZeroEngine(Engine):
         # Destroys DeepSpeed's engine, hooks and buffers with it.
         self.accelerator.free_memory()
         self.trainable, self.average = [], None
+        if self.stage == 3:
+            _forget_modules()
         # They lead back here from what only the garbage collector will find.
         vars(self.engine).pop("step", None)
         vars(self.zero).pop("_update_scale", None)
         del self.engine, self.prepared, self.zero, self.model
+
+
+def _forget_modules() -> None:
+    """Empty what DeepSpeed keeps of ZeRO 3's modules for ever, and with them all that it holds of their weights and
+    their moments, beside the next phase's: a stack with the model at its bottom, and a cache of a method's calls."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        wrapped = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+        for function in (method, *wrapped):
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -242,6 +243,16 @@ def _train(job: Job, state: TrainState, found: Found | None, only: str | None, i
         if index > at:
             state.begin(phase.name)
         found = _run_guarded(job, phase, state, found, initial.pop() if initial else None)
+        _let_go()
+
+
+def _let_go() -> None:
+    """Give back what a phase held, to be called when nothing names its model any more: the next lays its own out.
+
+    Under DeepSpeed module, engine and parameters lead to each other in circles, with all weights and moments.
+    """
+    gc.collect()
+    give_back_freed_memory()
 
 
 def _run_guarded(job: Job, phase: PhaseConfig, state: TrainState, found: Found | None, model: Hybrid | None) -> Found:
@@ -251,6 +262,7 @@ def _run_guarded(job: Job, phase: PhaseConfig, state: TrainState, found: Found |
     except TooManyBad as error:
         reason, since = f"phase {phase.name}: {error}", error.since
     del model
+    _let_go()
     good = _go_back(job, phase, state, reason, since)
     try:
         return _run_phase(job, phase, state, good, None)
@@ -354,7 +366,6 @@ def _engine(job: Job, model: Hybrid, groups: list[dict[str, Any]]) -> Iterator[E
         yield engine
     finally:
         engine.close()
-        give_back_freed_memory()  # the next phase lays its own out
 
 
 def _weights(job: Job, phase: PhaseConfig, found: Found, layout: Layout) -> dict[str, torch.Tensor]:
