@@ -1,17 +1,20 @@
 """train.py for several configs, one after the other, in one launch: starting processes takes longer than the runs.
 
 POISON in the environment, as JSON, spoils steps of those whose runs it names: see poison.py. FORGET names rows
-whose kept features those never find: whichever rank has such a row computes them anew, each time.
+whose kept features those never find: whichever rank has such a row computes them anew, each time. A run that leaves
+tensors behind, of which its phases would have left as many, fails.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from typing import Any
 
 import numpy as np
+import torch
 
 from hybrid_dist.config import load_config
 from hybrid_dist.data.features import Stored
@@ -31,6 +34,13 @@ def _forgetful(rows: list[int]) -> Any:
     return read
 
 
+def left_behind() -> int:
+    """Bytes of all tensors that are there."""
+    gc.collect()
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
+
+
 def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
     poisons, forgets = (json.loads(os.environ.get(name, "{}")) for name in ("POISON", "FORGET"))
@@ -42,6 +52,8 @@ def main() -> int:
             phase.train_step = poisoned_step(poison, plain) if poison else plain
             Stored.read = _forgetful(forgets.get(config.run.name, []))  # type: ignore[method-assign]
             code = max(code, run(config, topology, Stop(), None, False))
+            left = left_behind()
+            assert left < 300_000, f"{left} bytes of tensors are left of a run of {config.run.name}"
     finally:
         leave()
     return code
