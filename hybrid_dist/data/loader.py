@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, Literal, Protocol
 
 import cv2
@@ -143,8 +144,10 @@ class LoaderPool:
             return next(self._batches, None)
 
     def dead(self) -> tuple[int, int, int] | None:
-        """Number, process id and exit code of a process that has ended."""
-        for number, worker in enumerate(getattr(self._batches, "_workers", ())):
+        """Number, process id and exit code of a process that has ended, or is about to."""
+        workers = getattr(self._batches, "_workers", ())
+        wait([worker.sentinel for worker in workers], timeout=_DYING)  # its sockets close before it has ended
+        for number, worker in enumerate(workers):
             if worker.exitcode is not None:
                 return number, worker.pid, worker.exitcode
         return None
@@ -175,7 +178,7 @@ class BatchLoader:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # torch's own, or what fetching a dead one's batch comes to
             dead = self.pool.dead()
             if dead is None:
                 raise
@@ -203,6 +206,7 @@ class BatchLoader:
 
 
 _NAMED = 3
+_DYING = 1.0  # seconds
 _HINTS = {
     "SIGKILL": "; the system does so where memory runs out: a smaller data.workers would do",
     "SIGBUS": "; /dev/shm may be full: a smaller data.workers or micro batch, or a larger /dev/shm, would do",

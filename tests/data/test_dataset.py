@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import signal
+import threading
 import time
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pyarrow as pa
@@ -184,6 +186,31 @@ def test_a_loader_process_that_dies_is_named(table):
     pattern = rf"loader process 1 \(\d+\) was ended by SIGKILL at {table.images}/7\.png; .*data\.workers"
     assert re.match(pattern, str(caught.value)), str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_loader_process_that_is_about_to_die_is_named(table, tmp_path):
+    """Catches the socket's own error: a dying process's sockets close first, and torch finds it alive still."""
+    deaf = tmp_path / "deaf"
+
+    class Dying(Samples):
+        def picture(self, row):
+            if self.table.filename(row) == "4.png":
+                resource_sharer._resource_sharer._listener.close()
+                deaf.touch()
+                time.sleep(600)
+            return super().picture(row)
+
+    split = Dying(table, Augment(SIZE, TASKS, False), 0, "a")
+    others = multiprocessing.active_children()
+    batches = iter(make_loader(split, ValSampler(12, 2, 0, 1), 1, pin_memory=False))
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    next(batches)  # the processes are given their work at the first
+    waited_until = time.monotonic() + 60
+    while not deaf.exists() and time.monotonic() < waited_until:
+        time.sleep(0.01)
+    threading.Timer(0.3, worker.kill).start()
+    with pytest.raises(UserError, match=rf"^loader process 0 \({worker.pid}\) was ended by SIGKILL at .*4\.png"):
+        list(batches)
 
 
 def test_workers_outlive_signals_to_the_group_but_obey_their_parent(table):
