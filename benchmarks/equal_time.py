@@ -40,7 +40,7 @@ def factor_of(data: Path, work: Path, pair: Pair, weights: Path | None, plain_se
     """How many times the epochs fit into the plain recipe's time."""
     once, twice = (default(data, work, pair, times, 99, weights)[0] for times in (1, 2))
     start_up = once - (twice - once)
-    return max(1.0, (MARGIN * plain_seconds - start_up) / (twice - once))
+    return (MARGIN * plain_seconds - start_up) / (twice - once)
 
 
 def measure(data: Path, work: Path, pair: Pair, seeds: int, weights: Path | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 A training runs as it always does. After each of its steps a twin, which began with the same weights, makes a bare one
 with batches of a loader of its own: forward, loss, backward, clip, update, as a script of 20 lines has it; in one
 process with torch alone, under a launch file with DeepSpeed or DDP alone. Both have a loader process, and the same
-depthwise kernels. So whatever else the machine does slows both down. The ratio is that of the sums of the steps' times,
+layers for a CPU. So whatever else the machine does slows both down. The ratio is that of the sums of the steps' times,
 but for the first five, with a 95 % interval by bootstrap over blocks of ten steps.
 """
 
@@ -29,7 +29,7 @@ import torch
 from hybrid_dist.config import load_config
 from hybrid_dist.data.loader import make_loader
 from hybrid_dist.distributed import Topology, leave, start
-from hybrid_dist.model.depthwise import hasten
+from hybrid_dist.model.on_cpu import hasten
 from hybrid_dist.training import feed
 from hybrid_dist.training import run as runner
 from hybrid_dist.training.optim import param_groups, peak_rates

@@ -13,7 +13,7 @@ from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
 from hybrid_dist.machine import keep_freed_memory
-from hybrid_dist.model.depthwise import hasten
+from hybrid_dist.model.on_cpu import hasten
 
 
 def make_engine(

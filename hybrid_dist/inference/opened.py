@@ -19,6 +19,7 @@ from hybrid_dist.data.packed import Packed
 from hybrid_dist.errors import UserError
 from hybrid_dist.inference.found import FoundModel
 from hybrid_dist.model.hybrid import BALANCE_PREFIX, Hybrid, build_model
+from hybrid_dist.model.on_cpu import hasten
 from hybrid_dist.training.description import Description
 from hybrid_dist.training.tasks import make_tasks
 
@@ -54,6 +55,8 @@ class OpenedModel:
         self.device = _device(device)
         self.dtype = _dtype(precision or description.precision, self.device)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        if self.device.type == "cpu":
+            hasten(self.model)
         self.classes = {name: labels.classes for name, labels in description.class_maps.items()}
         self.tasks = make_tasks(description.tasks, self.classes)
         self.image_size = description.architecture.image_size

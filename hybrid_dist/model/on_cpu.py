@@ -1,7 +1,8 @@
-"""Depthwise convolutions whose weights' gradient is not what a step on a CPU mostly waits for."""
+"""Layers that a CPU's libraries are slow at: depthwise convolutions' gradients, norms of narrow groups."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 LEAST = 5
 """Kernels narrower than this are no slower with the library's own gradient."""
+NARROW = 16
+"""Groups of fewer channels than this are what torch is slow at."""
 
 
 class _Depthwise(torch.autograd.Function):
@@ -58,11 +61,35 @@ class DepthwiseConv2d(nn.Conv2d):
         return made
 
 
+class Contiguous(nn.Module):
+    """To stand before a layer's class: the layer gets 16-bit input channel by channel in memory.
+
+    Torch goes through a channels-last map in runs of a group's channels. In bf16 a norm of 32 channels in 32 groups,
+    forward and backward, takes 24 ms like that where 1 would do. What follows stays channel by channel.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) in any memory format → as the layer has it."""
+        made: Tensor = super().forward(input.contiguous() if input.element_size() == 2 else input)
+        return made
+
+
 def hasten(model: nn.Module) -> None:
-    """Make the model's depthwise convolutions `DepthwiseConv2d`, in place, where they can be."""
+    """Make layers of the model quick on a CPU, in place, where they can be: what they give stays the same."""
     for module in model.modules():
         if type(module) is nn.Conv2d and _fits(module):
             module.__class__ = DepthwiseConv2d  # parameters, names and hooks stay
+        elif isinstance(module, nn.GroupNorm) and not isinstance(module, Contiguous) and _is_narrow(module):
+            module.__class__ = _contiguous(type(module))  # type: ignore[assignment, arg-type]
+
+
+def _is_narrow(norm: nn.GroupNorm) -> bool:
+    return norm.num_channels // norm.num_groups < NARROW
+
+
+@cache
+def _contiguous(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Contiguous{cls.__name__}", (Contiguous, cls), {})
 
 
 def _fits(conv: nn.Conv2d) -> bool:

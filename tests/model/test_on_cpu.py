@@ -1,4 +1,4 @@
-"""Depthwise convolutions for a CPU's backward pass, against torch's own."""
+"""Layers for a CPU, against torch's own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from timm.layers import GroupNorm
 from torch import Tensor, nn
 
-from hybrid_dist.model.depthwise import DepthwiseConv2d, hasten
+from hybrid_dist.model.on_cpu import Contiguous, DepthwiseConv2d, hasten
 
 
 def gradients(conv: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
@@ -54,3 +55,36 @@ def test_others_stay() -> None:
     ]  # fmt: skip
     hasten(nn.Sequential(*others))
     assert {type(conv) for conv in others} == {nn.Conv2d}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [nn.GroupNorm, GroupNorm])
+def test_narrow_norms_are_torchs(kind: type[nn.GroupNorm], layout: torch.memory_format) -> None:
+    """Catches: groups that are other channels; another kind of norm; a second phase that does it all again."""
+    torch.manual_seed(0)
+    plain = kind(num_channels=32, num_groups=8)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    fast = copy.deepcopy(plain)
+    hasten(fast)
+    once = type(fast)
+    assert issubclass(once, Contiguous) and issubclass(once, kind) and type(plain) is kind
+    hasten(fast)
+    assert type(fast) is once
+    x = torch.randn(4, 32, 5, 6).bfloat16().to(memory_format=layout)
+    assert fast(x).is_contiguous()
+    exact = gradients(plain, x.float(), False)
+    for want, have in zip(exact, gradients(fast, x.float(), False), strict=True):
+        assert torch.equal(have, want), "in 32 bits torch is quick enough"
+    plain.zero_grad()
+    fast.zero_grad()
+    for true, want, have in zip(exact, gradients(plain, x, False), gradients(fast, x, False), strict=True):
+        assert have.dtype == want.dtype
+        assert (have.float() - true).abs().max() < 0.01 * true.abs().max()
+
+
+def test_wide_norms_stay() -> None:
+    """Catches copies where torch is as quick without."""
+    norms = [nn.GroupNorm(2, 32), nn.GroupNorm(1, 16), nn.LayerNorm(8)]
+    hasten(nn.Sequential(*norms))
+    assert [type(norm) for norm in norms] == [nn.GroupNorm, nn.GroupNorm, nn.LayerNorm]
