@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from hybrid_dist.config import load_config
 from hybrid_dist.data.features import Stored
@@ -35,9 +37,10 @@ def _forgetful(rows: list[int]) -> Any:
 
 
 def left_behind() -> int:
-    """Bytes of all tensors that are there."""
+    """Bytes of all tensors that are there; those that a compiler reckons with have none."""
     gc.collect()
-    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    reckoned = (FakeTensor, FunctionalTensor)
+    found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not isinstance(each, reckoned)]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
 
 
