@@ -47,12 +47,10 @@ def factor_of(own: list[tuple[float, float]], plain_seconds: list[float]) -> flo
 def measure(data: Path, work: Path, pair: Pair, seeds: int, weights: Path | None) -> dict[str, Any]:
     """Both recipes with each seed, by turns."""
     found: dict[str, Any] = {"plain": [], "default": [], "factors": []}
-    own: list[tuple[float, float]] = []
+    own = [(float(times), default(data, work, pair, times, 99, weights)[0]) for times in (1, 2)]
     extra = ["--weights", str(weights)] if weights is not None else []
     for seed in range(seeds):
         found["plain"].append(plain(data, work, pair, "--seed", str(seed), *extra))
-        if not own:
-            own = [(times, default(data, work, pair, times, 99, weights)[0]) for times in (1, 2)]
         factor = factor_of(own, [seconds for seconds, _ in found["plain"]])
         found["factors"].append(factor)
         found["default"].append(default(data, work, pair, factor, seed, weights))

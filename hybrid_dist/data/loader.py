@@ -144,7 +144,7 @@ class LoaderPool:
             return next(self._batches, None)
 
     def dead(self) -> tuple[int, int, int] | None:
-        """Number, process id and exit code of a process that has ended, or is about to."""
+        """Number, process id and exit code of a process that has ended; waits a second for one that is about to."""
         workers = getattr(self._batches, "_workers", ())
         wait([worker.sentinel for worker in workers], timeout=_DYING)  # its sockets close before it has ended
         for number, worker in enumerate(workers):
