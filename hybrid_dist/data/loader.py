@@ -146,8 +146,10 @@ class LoaderPool:
     def dead(self) -> tuple[int, int, int] | None:
         """Number, process id and exit code of a process that has ended; waits a second for one that is about to."""
         workers = getattr(self._batches, "_workers", ())
-        wait([worker.sentinel for worker in workers], timeout=_DYING)  # its sockets close before it has ended
+        closed = wait([worker.sentinel for worker in workers], timeout=_DYING)  # its sockets close before it has ended
         for number, worker in enumerate(workers):
+            if worker.sentinel in closed:
+                worker.join(_DYING)  # its sentinel closes with them
             if worker.exitcode is not None:
                 return number, worker.pid, worker.exitcode
         return None
