@@ -43,6 +43,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it computes in bf16 itself. Older GPUs, and CPUs before AVX-512, do so in software, if at all: on a CPU
+    that takes ten times as long as fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:  # what torch itself asks before it hands a convolution to oneDNN
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
 def available_memory() -> int:
     """Bytes of main memory that are to be had: the machine's, or what is left of a container's or job's share."""
     lines = Path("/proc/meminfo").read_text().splitlines()

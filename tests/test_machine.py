@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from hybrid_dist.machine import has_bf16
 from tests.conftest import ROOT
 
 STEPS = """
@@ -33,6 +37,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 give_back_freed_memory()
 print((before - resident()) >> 20)
 """
+
+
+@pytest.mark.skipif(platform.uname()[::4] != ("Linux", "x86_64"), reason="other CPUs' flags are others")
+def test_bf16_of_a_cpu_is_told_by_its_flags() -> None:
+    """Catches: a name of torch's own that has gone, so that no CPU has bf16 any more."""
+    flags = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    assert has_bf16(torch.device("cpu")) == ({"avx512bw", "avx512vl", "avx512dq"} <= flags)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc knows the settings")

@@ -23,6 +23,7 @@ from hybrid_dist.distributed.control import Control
 from hybrid_dist.distributed.determinism import choose_algorithms
 from hybrid_dist.distributed.meeting import choose_interface, connecting, meet, starting_point
 from hybrid_dist.errors import UserError
+from hybrid_dist.machine import has_bf16
 
 LEAST_PATIENCE = timedelta(minutes=30)
 MOST_PATIENCE = timedelta(days=1)
@@ -204,7 +205,7 @@ def _problem(precision: str, has_cuda: bool) -> str | None:
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if processes > gpus:
         return f"{processes} processes for {gpus} GPUs on this machine; {gpus} a machine would do"
-    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and not has_bf16(torch.device("cuda")):
         return f"train.precision: {torch.cuda.get_device_name()} can't do bf16; fp16 or fp32 would do on this machine"
     return None
 

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from hybrid_dist.config import Config
 from hybrid_dist.data.loader import resolve_workers
 from hybrid_dist.doctor.line import Line, fail, ok, warn
+from hybrid_dist.machine import has_bf16
 
 SHM = Path("/dev/shm")
 AHEAD = 3
@@ -75,6 +76,8 @@ def gpus(config: Config | None) -> Iterator[Line]:
             )
         else:
             yield ok("GPUs", "none: training runs on the CPU, over gloo")
+        if config is not None and config.train.precision == "bf16" and not has_bf16(torch.device("cpu")):
+            yield warn("precision", "this CPU does bf16 in software, ten times slower", "train.precision=fp32")
         return
     count = torch.cuda.device_count()
     facts = [torch.cuda.get_device_properties(index) for index in range(count)]
@@ -84,7 +87,7 @@ def gpus(config: Config | None) -> Iterator[Line]:
     yield ok("GPUs", f"{count} × {', '.join(names)}, {least:.0f} GB; CUDA {torch.version.cuda}, NCCL {nccl}")
     if len(names) > 1:
         yield warn("GPUs", "they differ", "all ranks wait for the slowest in each step")
-    if config is not None and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+    if config is not None and config.train.precision == "bf16" and not has_bf16(torch.device("cuda")):
         yield fail("precision", f"{names[0]} can't do bf16", "train.precision=fp16, under DDP, or fp32")
     apart = [
         f"{one}–{other}"

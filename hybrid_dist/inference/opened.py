@@ -18,6 +18,7 @@ from hybrid_dist.data.order import ValSampler
 from hybrid_dist.data.packed import Packed
 from hybrid_dist.errors import UserError
 from hybrid_dist.inference.found import FoundModel
+from hybrid_dist.machine import has_bf16
 from hybrid_dist.model.hybrid import BALANCE_PREFIX, Hybrid, build_model
 from hybrid_dist.model.on_cpu import hasten
 from hybrid_dist.training.description import Description
@@ -176,7 +177,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and not has_bf16(device):
         return None
     if precision == "fp16" and device.type != "cuda":
         return None

@@ -29,6 +29,7 @@ from hybrid_dist.data.pictures import read_picture
 from hybrid_dist.data.source import Source
 from hybrid_dist.distributed import Topology, agree, decide
 from hybrid_dist.errors import UserError
+from hybrid_dist.machine import has_bf16
 from hybrid_dist.model.hybrid import Hybrid, build_model
 from hybrid_dist.tracking import NodeFacts, Sink, Sinks, Status, Terminal, Wandb, choose_mode, logged_in
 from hybrid_dist.training.description import describe_model
@@ -190,6 +191,11 @@ def _prepare(config: Config, topology: Topology, stop: Stop, limits: Limits) -> 
     train = config.train
     for sentence in (*check_mixing(config.data, config.tasks), *check_degrade(config.data, config.tasks)):
         terminal.say(sentence)
+    if train.precision == "bf16" and topology.device.type == "cpu" and not has_bf16(topology.device):
+        terminal.say(
+            "warning: train.precision: this CPU does bf16 in software, ten times slower than fp32; train.precision=fp32"
+            " would do"
+        )
     data = config.data
     check_divides(train.global_batch_size, train.micro_batch(1), topology.world_size)
     train_table, class_maps = read_training(Path(data.train_csv), Path(data.train_images), config.tasks)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid_dist import cli
 from hybrid_dist.config import load_config
@@ -47,6 +48,20 @@ def test_a_machine_that_is_all_right(tiny_config: Callable[..., Path], capsys: p
     assert "in main memory" in lines["memory"]["text"]
     assert not list(config.parent.glob(".hybrid-dist*"))
     assert cli.main(["doctor", "run.name=x"]) == 2
+
+
+@pytest.mark.usefixtures("no_ring")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be the GPU's affair")
+def test_a_cpu_without_bf16(
+    tiny_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: ten times the time for nothing, unsaid; an alarm where the CPU has it, or nobody asked for it."""
+    config = str(tiny_config())
+    for there, precision, warned in ((False, "bf16", True), (True, "bf16", False), (False, "fp32", False)):
+        monkeypatch.setattr("hybrid_dist.doctor.host.has_bf16", lambda device, there=there: there)
+        code, lines = examine(capsys, "--config", config, f"train.precision={precision}")
+        assert code == 0 and ("precision" in lines) == warned
+    assert lines["GPUs"]["state"] == "ok"
 
 
 @pytest.mark.usefixtures("no_ring")

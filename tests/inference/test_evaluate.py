@@ -17,7 +17,7 @@ import torch
 
 import hybrid_dist
 from hybrid_dist.training.calibration import calibration_error
-from tests.conftest import ROOT, environment, write_rows
+from tests.conftest import ROOT, environment, half, write_rows
 from tests.inference.conftest import write_model
 
 Call = Callable[..., tuple[int, str, str]]
@@ -55,7 +55,7 @@ def test_equals_validation(trained: Path, tmp_path: Path, call: Call) -> None:
     sure = np.array([float(row["type_probability"]) for row in rows])
     right = np.array([row["type_label"] == row["type_prediction"] for row in rows])
     assert values["metrics"]["val/type_ece_told"] == pytest.approx(calibration_error(sure, right), abs=1e-5)
-    assert (values["pictures"], values["unusable"], values["precision"]) == (23, 0, "bf16")
+    assert (values["pictures"], values["unusable"], values["precision"]) == (23, 0, half())
     assert (tmp_path / "out.csv").read_text() == (trained / "phase_c/predictions_val.csv").read_text()
     code, said, _ = call("evaluate", trained, "train.micro_batch_size=5", "--json", "data.workers=1")
     assert code == 0

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import half
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -16,7 +18,7 @@ def test_figures(trained: Path, call: Call) -> None:
     code, said, heard = call("bench", "latency", trained, "--batch", 1, 4, "--repeats", 6, "--json")
     assert code == 0, heard
     result = json.loads(said)
-    assert (result["precision"], result["image_size"], result["device"]) == ("bf16", 96, "cpu")
+    assert (result["precision"], result["image_size"], result["device"]) == (half(), 96, "cpu")
     assert [row["batch"] for row in result["batches"]] == [1, 4]
     for row in result["batches"]:
         assert row["turns"] == 6
@@ -31,10 +33,10 @@ def test_of_a_config(tiny_config: Callable[..., Path], call: Call) -> None:
     command = ["bench", "latency", "--config", tiny_config(), "--batch", 1, "--repeats", 1]
     code, said, heard = call(*command, "train.precision=bf16", "data.image_size=96")
     assert code == 0, heard
-    assert "bf16 on cpu" in said and "model / bare" in said
+    assert f"{half()} on cpu" in said and "model / bare" in said
     code, said, heard = call("bench", "latency", "--config", tiny_config(), "train.precision=bf16", "--batch", 1,
                              "--repeats", 1)  # fmt: skip
-    assert code == 0 and "bf16" in said
+    assert code == 0 and half() in said
     for arguments, words in (([], "MODEL"), ([*command[2:], "--seconds", 0], "--seconds 0"), (["nowhere"], "nowhere")):
         code, said, heard = call("bench", "latency", *arguments)
         assert (code, said) == (2, "") and words in heard

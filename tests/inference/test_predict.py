@@ -24,6 +24,8 @@ import torch
 
 import hybrid_dist
 from hybrid_dist.inference import predict as predict_module
+from hybrid_dist.inference.found import find_model
+from hybrid_dist.inference.opened import open_model
 from tests.conftest import ROOT, environment, fill, scene, write_rows
 from tests.inference.conftest import edit_json, write_model
 from tests.test_security import Malicious
@@ -67,6 +69,20 @@ def test_numbers_are_those_of_validation(trained: Path, tiny_data: Path, tmp_pat
         for name in ("type_probability", "airline_probability", "clarity_prediction", "block_prediction"):
             assert np.abs(numbers(rows, name) - numbers(expected, name)).max() <= 1e-5, name
     assert {row["error"] for row in found} == {""}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cpu_without_bf16_answers_in_fp32(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a model of a GPU's run that takes ten times as long on a laptop as it need; fp32 where bf16 is there."""
+    monkeypatch.setattr("hybrid_dist.inference.opened.has_bf16", lambda device: there)
+    model = write_model(tmp_path / "model")
+    edit_json(model / "model.json", lambda values: values.update(precision="bf16"))
+    opened, exact = open_model(find_model(model), "cpu"), open_model(find_model(model), "cpu", "fp32")
+    assert opened.precision == ("bf16" if there else "fp32")
+    size = opened.image_size
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    outputs, exact_ones = opened.forward(images), exact.forward(images)
+    assert all(torch.equal(outputs[name], value) != there for name, value in exact_ones.items())
 
 
 def test_import_is_light() -> None:

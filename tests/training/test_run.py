@@ -230,6 +230,15 @@ def test_divergence_is_said(call: Callable[..., int], config: Path, capsys: Any)
         assert "NaN" not in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be the GPU's affair")
+def test_bf16_in_software_is_said(call: Callable[..., int], config: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Catches: ten times the time for nothing, unsaid; an alarm where the CPU has bf16."""
+    for there in (False, True):
+        monkeypatch.setattr("hybrid_dist.training.job.has_bf16", lambda device, there=there: there)
+        assert call(config, "train.precision=bf16", f"run.name=there_{there}", "--phase", "a") == 0
+        assert ("train.precision=fp32 would do" in capsys.readouterr().out) != there
+
+
 @pytest.mark.parametrize(
     "changes",
     [
