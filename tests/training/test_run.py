@@ -236,7 +236,7 @@ def test_bf16_in_software_is_said(call: Callable[..., int], config: Path, monkey
     for there in (False, True):
         monkeypatch.setattr("hybrid_dist.training.job.has_bf16", lambda device, there=there: there)
         assert call(config, "train.precision=bf16", f"run.name=there_{there}", "--phase", "a") == 0
-        assert ("train.precision=fp32 would do" in capsys.readouterr().out) != there
+        assert ("train.precision=fp32 would do" in capsys.readouterr().err) != there
 
 
 @pytest.mark.parametrize(
