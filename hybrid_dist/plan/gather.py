@@ -14,6 +14,8 @@ from hybrid_dist.plan.fake import Parameter
 from hybrid_dist.plan.strategies import PERSISTENT, Buffers
 
 FP32, LOW = 4, 2
+GLOO_THREADS = 2
+"""Torch has as many."""
 
 
 @dataclass
@@ -35,10 +37,26 @@ class Gatherer:
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], trace: Trace, buffers: Buffers, low_precision: bool, processes: int
+        self,
+        parameters: Sequence[Parameter],
+        trace: Trace,
+        buffers: Buffers,
+        low_precision: bool,
+        processes: int,
+        copied: bool = False,
     ) -> None:
-        """`low_precision`: autocast is on; weights of linear and convolution layers then travel in its type."""
+        """Arguments that don't say it themselves:
+
+        Args:
+            low_precision: Autocast is on; weights of linear and convolution layers then travel in its type.
+            copied: What comes is put together in other memory first, as gloo's threads do it.
+        """
         self.trace = trace
+        self.copied = copied
+        self.under_way: list[int] = []
+        """Bytes of each buffer that has not arrived."""
+        self.copies = 0
+        """Bytes of gloo's."""
         self.buffers = buffers
         self.processes = processes
         self.numel = [parameter.numel for parameter in parameters]
@@ -134,6 +152,8 @@ class Gatherer:
         self.coming.update(dict.fromkeys(members, buffer))
         self.available += sum(self.numel[index] for index in members)
         self.changes[operation] += buffer.bytes
+        self.under_way.append(buffer.bytes)
+        self._copy(operation)
         later = operation >= self.trace.backward_at
         self.sent[later].append(buffer.bytes)
         self.gathered[later] += sum(self.numel[index] for index in members)
@@ -142,10 +162,17 @@ class Gatherer:
 
     def _arrive(self, operation: int, buffer: _Buffer) -> None:
         buffer.arrived = True
+        self.under_way.remove(buffer.bytes)
+        self._copy(operation)
         self.whole.update(buffer.members)
         self.changes[operation] += FP32 * sum(self.numel[index] for index in buffer.members)
         # Each is put together in the type that it came in before it becomes fp32.
         self._spike(operation, LOW * max(map(self._low, buffer.members)))
+
+    def _copy(self, operation: int) -> None:
+        """Each thread of gloo's has one buffer at work; the others wait."""
+        before, self.copies = self.copies, sum(sorted(self.under_way)[-GLOO_THREADS:]) if self.copied else 0
+        self.changes[operation] += self.copies - before
 
     def _low(self, index: int) -> int:
         """Elements that travel in autocast's type."""

@@ -167,8 +167,9 @@ class Process:
 
     def _gathered(self) -> Bytes:
         """(operations,) bytes of weights that are whole for a time, and of those on their way."""
-        low, processes = self.setting.low_precision, self.setting.processes
-        return Gatherer(self.parameters, self.timeline.trace, self.buffers, low, processes).run()
+        setting = self.setting
+        how = (setting.low_precision, setting.processes, setting.device == "cpu")
+        return Gatherer(self.parameters, self.timeline.trace, self.buffers, *how).run()
 
     def _offload(self) -> int:
         """What offloading adds on the device, and on the CPU everything that it puts aside."""
