@@ -12,7 +12,7 @@ from hybrid_dist.config import TrainConfig
 from hybrid_dist.distributed.engine import Engine
 from hybrid_dist.distributed.launch import Topology
 from hybrid_dist.distributed.plain import PlainEngine
-from hybrid_dist.machine import keep_freed_memory
+from hybrid_dist.machine import give_back_freed_memory, keep_freed_memory
 from hybrid_dist.model.on_cpu import hasten
 
 
@@ -49,6 +49,7 @@ def make_engine(
         offloads = offloads_optimizer(configure(topology, model, train, micro_batch, accumulation))
         optimizer = _for_deepspeed(groups, options, train, offloads)
         engine = ZeroEngine(topology, model, optimizer, train.clip_norm)
+        give_back_freed_memory()  # the whole model lay here before it was split
     if train.ema is not None:
         engine.keep_average()
     return engine
