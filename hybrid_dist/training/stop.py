@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hybrid_dist import again
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 EXIT_STOPPED = 75
@@ -112,6 +114,8 @@ class Stop:
 
     def clear_stale(self, say: Callable[[str], None]) -> None:
         """Remove a STOP file that was meant for an earlier start of the run."""
+        if again.times():  # the command's own beginning did so: one that is there now is meant for it
+            return
         with contextlib.suppress(FileNotFoundError):
             if self.file is not None and self.file.stat().st_mtime < self._started and self._remove(say):
                 say(f"{self.file} is older than this start and is removed")

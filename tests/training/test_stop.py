@@ -92,6 +92,18 @@ def test_a_file_from_before(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
+def test_a_file_from_before_memory_ran_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a request that falls into the moment in which a process begins anew, and is lost."""
+    monkeypatch.setattr("hybrid_dist.again.times", lambda: 1)
+    file = tmp_path / "STOP"
+    file.touch()
+    os.utime(file, (time.time() - 2, time.time() - 2))
+    stop = Stop()
+    stop.look_for(file)
+    stop.clear_stale(pytest.fail)
+    assert stop.requested()
+
+
 def test_a_dead_parent_is_a_request_only_where_it_was_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: processes that a dead launcher leaves behind; a run under nohup that ends when its shell is left."""
     parent = 4242
