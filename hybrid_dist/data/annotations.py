@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -34,6 +35,8 @@ _BLANK_NUMBERS = frozenset({"", "nan", "na", "null", "none"})
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 # pandas writes an integer column that has blanks as 0.0, 1.0, …
 _ID = re.compile(r"[+-]?(\d{1,18})(\.0*)?", re.ASCII)
+_RAGGED = "CSV parse error: Expected"
+"""How Arrow begins to say that a row has not as many columns as the header."""
 _FILENAME_RULES = (
     (r"^\s*$", "is blank"),
     (r"^/|^[A-Za-z]:", "is absolute: give it relative to {images}"),
@@ -478,26 +481,10 @@ def _columns_of(task: TaskConfig) -> list[str]:
 def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig], problems: Problems) -> _Sheet:
     header = _read_header(csv)
     needed, found = _needed(csv, header, tasks, problems)
-    text = pa.dictionary(pa.int32(), pa.string())
-    ragged = 0
-
-    def skip(_: Any) -> str:
-        nonlocal ragged
-        ragged += 1
-        return "skip"
-
     try:
-        data = pa_csv.read_csv(
-            csv,
-            read_options=pa_csv.ReadOptions(block_size=4 << 20),
-            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
-            convert_options=pa_csv.ConvertOptions(
-                include_columns=needed,
-                column_types={column: pa.large_string() if column == "filename" else text for column in needed},
-            ),
-        )
+        data, ragged = _read_columns(csv, needed)
     except pa.ArrowInvalid as error:
-        if "UTF8" in str(error):
+        if "UTF8" in str(error) or (_RAGGED in str(error) and _first_undecodable(csv)):
             raise UserError(f"{csv}: {_first_undecodable(csv)}not UTF-8 text; save it as «CSV UTF-8»") from None
         if "cannot infer number of columns" in str(error):
             raise UserError(f"{csv}: has a header but no rows") from None
@@ -510,6 +497,46 @@ def _read_sheet(csv: Path, tasks: Mapping[str, TaskConfig], problems: Problems) 
         raise UserError(f"{csv}: has a header but no rows")
     _check_quotes(csv, data.num_rows + ragged + 1)
     return _Sheet(csv, header, data, found, problems)
+
+
+def _read_columns(csv: Path, needed: Sequence[str]) -> tuple[pa.Table, int]:
+    """These columns, and how many rows are left out because they have more or fewer than the header.
+
+    Raises:
+        pa.ArrowInvalid: it is no CSV, or not UTF-8 text in one of the columns or in a row to be left out.
+        OSError: it can't be read.
+    """
+    text = pa.dictionary(pa.int32(), pa.string())
+    ragged = 0
+
+    def skip(_: Any) -> str:
+        nonlocal ragged
+        ragged += 1
+        return "skip"
+
+    with _without_traceback():
+        data = pa_csv.read_csv(
+            csv,
+            read_options=pa_csv.ReadOptions(block_size=4 << 20),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=needed,
+                column_types={column: pa.large_string() if column == "filename" else text for column in needed},
+            ),
+        )
+    return data, ragged
+
+
+@contextlib.contextmanager
+def _without_traceback() -> Iterator[None]:
+    """In here Arrow decodes a row for its handler. Where it can't, it refuses the file, but Python writes what happened
+    to standard error as well."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda failed: None if failed.exc_type is UnicodeDecodeError else before(failed)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _check_quotes(csv: Path, records: int) -> None:

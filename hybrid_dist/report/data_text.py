@@ -11,6 +11,7 @@ from rich.text import Text
 
 from hybrid_dist.data.check.findings import SEVERITIES, Finding, plural
 from hybrid_dist.data.check.run import DataCheck
+from hybrid_dist.errors import spelt_out
 
 SHOWN = 3
 """Examples of a finding that the terminal shows; `--json` has more."""
@@ -38,9 +39,8 @@ def print_check(check: DataCheck, console: Console | None = None) -> None:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with what a terminal would obey spelt out: names come from files of others."""
-    text = " ".join(text.split())
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    """Text on one line, as `spelt_out`."""
+    return spelt_out(" ".join(text.split()))
 
 
 def _print_finding(console: Console, finding: Finding) -> None:

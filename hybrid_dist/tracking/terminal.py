@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from hybrid_dist.config import METRICS
+from hybrid_dist.errors import spelt_out
 from hybrid_dist.tracking.sink import Judgement, Position, Sink, Values
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Terminal(Sink):
         bar = self._bar  # another thread may end it meanwhile
         if not self.quiet:
             with _whatever_becomes_of_it():
-                (bar.console if bar else self.console).print(text, markup=False)
+                (bar.console if bar else self.console).print(spelt_out(text), markup=False)
 
     def start(self, label: str, done: int, total: int, later: int = 0) -> None:
         """Begin with `total` units of something, `done` of them made already; `later` come after them."""

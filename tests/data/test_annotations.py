@@ -208,13 +208,19 @@ def test_filenames_that_only_look_odd_are_fine(tmp_path):
         (b'filename,clarity,note\na,1,\nb,1,"x\nc,1,y\nd,1,z\n', ["line 3", "quote that is never closed"]),
         (b'filename,clarity,note\na,1,"x\nb,1,', ["line 2", "quote that is never closed"]),
         (b'filename,clarity,note\na,1,\nb,1,"x\nc,1,"y\nd,1,z\n', ["line 3", "quote that is never closed"]),
+        (b"filename,clarity,note\na,1,x\nb,1,caf\xe9,y\n", ["line 3", "not UTF-8"]),
+        (b"file,\x1b[2Jsharp\na,1\n", ["no column filename", r"file, \x1b[2Jsharp"]),
         ("filename,clarity\na,1\n".encode("utf-16"), ["not UTF-8"]),
         (b"filename,clarity\na,\nb, \n", ["no label for task clarity", "2 rows"]),
     ],
 )
-def test_a_csv_that_cannot_be_used(tmp_path, text, parts):
-    """Catches a traceback, or an empty data set, where one sentence would do."""
-    refused(tmp_path, text, CLARITY, *parts)
+def test_a_csv_that_cannot_be_used(tmp_path, text, parts, monkeypatch):
+    """Catches a traceback, Arrow's too, or an empty data set, where one sentence would do; text that drives a
+    terminal."""
+    tracebacks = []
+    monkeypatch.setattr("sys.unraisablehook", tracebacks.append)
+    assert refused(tmp_path, text, CLARITY, *parts).replace("\n", "").isprintable()
+    assert not tracebacks
 
 
 def test_missing_csv_and_missing_id_or_name_column(tmp_path):
