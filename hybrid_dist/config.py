@@ -168,7 +168,7 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the backbones' repeated blocks (torch.compile), which takes minutes at the start."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward pass; weights and optimizer stay fp32."""
+    """Of the forward pass; weights and optimizer stay fp32. A CPU before AVX-512 does bf16 in software, ten times slower."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
     """AdamW's, on matrices and convolutions alone."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -454,26 +454,29 @@ def _apply(values: dict[str, Any], override: str) -> None:
     node: Any = values
     *parents, last = key.split(".")
     for part in parents:
-        node = node[_index(node, part, key)] if isinstance(node, list) else _child(node, part, values, key)
+        node = _child(node, part, values, key)
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     else:
         node[last] = value
 
 
-def _child(node: dict[str, Any], part: str, values: dict[str, Any], key: str) -> Any:
+def _child(node: Any, part: str, values: dict[str, Any], key: str) -> Any:
     if node is values and part == "phases" and "phases" not in node:
         node["phases"] = [phase.model_dump(mode="json", exclude_defaults=True) for phase in default_phases()]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
+    place: Any = _index(node, part, key) if isinstance(node, list) else part
+    found = node[place] if isinstance(node, list) else node.get(part)
+    if found is None:
+        found = node[place] = {}
+    if not isinstance(found, dict | list):
         raise UserError(f"{key}: {part} is a single value, it has no keys below it")
-    return node[part]
+    return found
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise UserError(f"{key}: {part!r} is not an index into a list of {len(node)}; 0 to {len(node) - 1} would do")
+    if not part.isdecimal() or int(part) >= len(node):
+        would = f"a list of {len(node)}; 0 to {len(node) - 1} would do" if node else "a list that is empty"
+        raise UserError(f"{key}: {part!r} is not an index into {would}")
     return int(part)
 
 

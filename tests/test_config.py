@@ -76,6 +76,9 @@ def test_defaults_and_overrides(minimal: Path) -> None:
         ("tasks.type.smoothing=1", ["tasks.type.smoothing"]),
         ("no equals sign", ["key.path=value"]),
         ("run.name.x=1", ["run.name.x"]),
+        ("phases.0.trainable.0.x=1", ["phases.0.trainable.0.x", "single value"]),
+        ("phases.7.lr=1", ["phases.7.lr", "0 to 2"]),
+        ("phases.².lr=1", ["phases.².lr", "not an index"]),
     ],
 )
 def test_refused_with_a_hint(minimal: Path, override: str, words: list[str]) -> None:
