@@ -168,7 +168,7 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the backbones' repeated blocks (torch.compile), which takes minutes at the start."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward pass; weights and optimizer stay fp32. CPUs before AVX-512 do bf16 ten times slower."""
+    """Of the forward pass; weights and optimizer stay fp32. CPUs without AVX-512 do bf16 ten times slower."""
     weight_decay: float = Field(0.05, ge=0, allow_inf_nan=False)
     """AdamW's, on matrices and convolutions alone."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

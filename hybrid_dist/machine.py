@@ -44,7 +44,7 @@ def cores() -> int:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether it computes in bf16 itself. Older GPUs, and CPUs before AVX-512, do so in software, if at all: on a CPU
+    """Whether it computes in bf16 itself. Older GPUs, and CPUs without AVX-512, do so in software, if at all: on a CPU
     that takes ten times as long as fp32."""
     import torch
 

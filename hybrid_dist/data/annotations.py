@@ -256,11 +256,8 @@ def line_numbers(table: Table) -> np.ndarray:
     if lines + (end != b"\n") == len(table) + 1:
         return np.arange(len(table)) + 2
     # Blank lines and quoted line breaks shift the count.
-    try:
-        records = ((line, len(record)) for line, record in _records(table.csv))
-        found = np.fromiter(records, np.dtype((np.int64, 2)))  # (records, 2): line and number of cells, header first
-    except csv_module.Error:  # a cell of more than 128 kB, which Arrow takes
-        return np.arange(len(table)) + 2
+    records = ((line, len(record)) for line, record in _records(table.csv))
+    found = np.fromiter(records, np.dtype((np.int64, 2)))  # (records, 2): line and number of cells, header first
     if len(found) != len(table) + 1:
         # A survey leaves out the records that have too many or too few cells.
         found = found[found[:, 1] == found[0, 1]]
@@ -415,6 +412,7 @@ def _shown(csv: Path, rows: np.ndarray, cell: Callable[[int], str]) -> str:
 def _records(csv: Path) -> Iterator[tuple[int, list[str]]]:
     """Each record with the line that it starts on, the header too; blank lines are none, as for Arrow."""
     with csv.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        csv_module.field_size_limit(sys.maxsize)  # Arrow takes cells of any length
         reader = csv_module.reader(file)
         line = 1
         for record in reader:

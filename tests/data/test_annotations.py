@@ -210,6 +210,7 @@ def test_filenames_that_only_look_odd_are_fine(tmp_path):
         (b'filename,clarity,note\na,1,\nb,1,"x\nc,1,"y\nd,1,z\n', ["line 3", "quote that is never closed"]),
         (b"filename,clarity,note\na,1,x\nb,1,caf\xe9,y\n", ["line 3", "not UTF-8"]),
         (b"file,\x1b[2Jsharp\na,1\n", ["no column filename", r"file, \x1b[2Jsharp"]),
+        (b"filename,clarity,note\na,1," + 200_000 * b"x" + b"\nb,1\n", ["3 columns", "line 3 has 2"]),
         ("filename,clarity\na,1\n".encode("utf-16"), ["not UTF-8"]),
         (b"filename,clarity\na,\nb, \n", ["no label for task clarity", "2 rows"]),
     ],

@@ -73,6 +73,7 @@ def test_narrow_norms_are_torchs(kind: type[nn.GroupNorm], layout: torch.memory_
     assert type(fast) is once
     x = torch.randn(4, 32, 5, 6).bfloat16().to(memory_format=layout)
     assert fast(x).is_contiguous()
+    assert fast(x.float()).is_contiguous()
     exact = gradients(plain, x.float(), False)
     for want, have in zip(exact, gradients(fast, x.float(), False), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)

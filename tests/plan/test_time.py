@@ -22,8 +22,9 @@ from hybrid_dist.plan.answer import Kept
 from hybrid_dist.plan.choose import CLOSE
 from hybrid_dist.plan.devices import DEVICES, named, usual
 from hybrid_dist.plan.fake import Parameter
+from hybrid_dist.plan.gather import GLOO_THREADS, Gatherer
 from hybrid_dist.plan.seconds import Machine
-from hybrid_dist.plan.strategies import ONE_PROCESS, SEVERAL
+from hybrid_dist.plan.strategies import ONE_PROCESS, SEVERAL, buffers
 from hybrid_dist.plan.traffic import DDP_BUCKET, traffic
 from hybrid_dist.plan.work import Costs, Tally, Unit
 
@@ -166,6 +167,23 @@ def test_zero3_gathers_frozen_weights_once_and_others_twice(config_file: Path) -
     gathered = found.forward.bytes + found.backward.bytes - ring([p for p in parameters if p.trainable])
     assert ring(large) < gathered <= ring(large) + ring(trained), "what is still there is not gathered again"
     assert found.modules > 50
+
+
+def test_gloo_holds_what_comes_twice(config_file: Path) -> None:
+    """Catches: copies that the CPU's plan forgets, that stay when the buffer has come, or more than threads."""
+    wide = ["model.cnn.kwargs.dims=[16,32,64,512]", "model.transformer.kwargs.embed_dim=96"]
+    planner = Planner(load_config(config_file, wide), CLASSES, 4, PLENTY, "cpu", MACHINE, 640)
+    parameters, line = planner._parameters(planner.rules["b"]), planner._timeline(planner.rules["b"], True)
+    sizes = [p.numel for p in parameters if p.trainable], sum(p.numel for p in parameters)
+    without, with_copies = (
+        Gatherer(parameters, line.trace, buffers(3, *sizes), True, 4, copied) for copied in (False, True)
+    )
+    series = with_copies.run()
+    copies = series - without.run()
+    most = sorted(with_copies.sent[0] + with_copies.sent[1])
+    assert most[-1] <= copies.max() <= sum(most[-GLOO_THREADS:])
+    assert copies.min() == 0 and copies[-1] == 0
+    assert np.array_equal(planner.process("b", ZERO3, 16)._gathered(), series), "the CPU's plan has them"
 
 
 def test_phases_cost_what_they_train(planner: Planner) -> None:
