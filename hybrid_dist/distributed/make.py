@@ -49,7 +49,7 @@ def make_engine(
         offloads = offloads_optimizer(configure(topology, model, train, micro_batch, accumulation))
         optimizer = _for_deepspeed(groups, options, train, offloads)
         engine = ZeroEngine(topology, model, optimizer, train.clip_norm)
-        give_back_freed_memory()  # the whole model lay here before it was split
+        give_back_freed_memory()  # at stage 3 the whole model lay here before it was split
     if train.ema is not None:
         engine.keep_average()
     return engine
