@@ -184,7 +184,7 @@ def fill(disk: Path) -> Path:
 def launch(
     *arguments: str,
     config_file: str | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     check: bool = True,
     extra: tuple[str, ...] = (),
     gpu: bool = False,

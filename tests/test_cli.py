@@ -41,7 +41,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def ask(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The installed command, as a script would call it."""
     return subprocess.run(
-        [COMMAND, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=120, check=False
+        [COMMAND, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
 
 

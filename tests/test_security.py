@@ -84,7 +84,7 @@ def test_a_run_and_its_resume_unpickle_nothing(
             shutil.rmtree(tmp_path / "runs/tiny/model")
         done = subprocess.run(
             [sys.executable, "-c", WATCHED, "--config", str(config)],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[-1] == "asked for []"

@@ -536,7 +536,7 @@ def test_an_interrupt_ends_it(data: Data) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in said
     _, alive = psutil.wait_procs(children, timeout=20)
@@ -569,7 +569,7 @@ def test_neither_torch_nor_plots_for_a_check(data: Data) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "check-data", "--config", str(data.config), "--workers", "0"],
-        env=environment(), capture_output=True, text=True, check=True, timeout=120,
+        env=environment(), capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -63,7 +63,7 @@ class Running:
                 found.append(process)
         return found
 
-    def wait_for(self, what: str, test: Callable[[], Any], seconds: float = 120, poll: float = 0.01) -> bool:
+    def wait_for(self, what: str, test: Callable[[], Any], seconds: float = 300, poll: float = 0.01) -> bool:
         """True once `test` holds; False if the launcher ends before; fails after `seconds`."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -75,7 +75,7 @@ class Running:
             time.sleep(poll)
         pytest.fail(f"waited {seconds} s for {what}; {self.tail()}")
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 300) -> int:
         """The launcher's exit code, once every process is gone."""
         until = time.monotonic() + seconds
         while self.tree():

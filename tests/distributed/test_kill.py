@@ -18,8 +18,6 @@ from ruamel.yaml import YAML
 from tests.conftest import launch, read_lines, tiny_values
 from tests.distributed.running import Running, expect_same_run
 
-KILLS = 5
-"""Of each run."""
 STAGES = ("zero2", "zero3")
 
 
@@ -79,7 +77,7 @@ class Moments:
 def kill_once(training: Running, run: Path, moment: str, rng: random.Random) -> str:
     """Kill everything, or one rank alone; returns where the run stood, or that it had ended by itself."""
     test, seconds = getattr(Moments(run, training), moment)()
-    alive = training.wait_for(moment, test, seconds=180, poll=0.0003)
+    alive = training.wait_for(moment, test, seconds=300, poll=0.0003)
     time.sleep(rng.random() * seconds)
     ranks = training.ranks()
     if not alive or not ranks:
@@ -97,15 +95,15 @@ def kill_once(training: Running, run: Path, moment: str, rng: random.Random) -> 
     return f"{moment}, one rank"
 
 
-def campaign(data: Path, folder: Path, config_file: str, rounds: int, seed: int) -> Counter[str]:
-    """`rounds` runs, each killed KILLS times and then let go on to its end; returns the moments that were hit."""
+def campaign(data: Path, folder: Path, config_file: str, rounds: int, kills: int, seed: int) -> Counter[str]:
+    """`rounds` runs, each killed `kills` times and then let go on to its end; returns the moments that were hit."""
     config = make_config(data, folder)
     launch("--config", str(config), f"run.dir={folder / 'whole'}", config_file=config_file)
     run, whole = folder / "runs" / "tiny", folder / "whole" / "tiny"
     rng, hit = random.Random(f"{config_file}/{seed}"), Counter[str]()
     for _ in range(rounds):
         shutil.rmtree(run, ignore_errors=True)
-        moments = rng.sample(Moments.NAMES, KILLS)
+        moments = rng.sample(Moments.NAMES, kills)
         for moment in moments:
             with Running(config, run, config_file) as training:
                 hit[kill_once(training, run, moment, rng)] += 1
@@ -124,10 +122,15 @@ def expect_tidy(run: Path) -> None:
     assert steps == list(range(1, 25))
 
 
+SEED = 11
+"""With it the three kills come at the delicate moments: a write, a change of phase, a validation."""
+
+
 @pytest.mark.parametrize("config_file", ["zero3"])  # both stages in the hundred below
 def test_killed_at_random_moments(config_file: str, tiny_data: Path, tmp_path: Path) -> None:
     """Catches: anything that a SIGKILL leaves half done and the next start takes for whole, loses, or does twice."""
-    hit = campaign(tiny_data, tmp_path, config_file, rounds=1, seed=int(os.environ.get("KILL_SEED", "0")))
+    seed = int(os.environ.get("KILL_SEED", SEED))
+    hit = campaign(tiny_data, tmp_path, config_file, rounds=1, kills=3, seed=seed)
     print(dict(hit))
     assert hit["ended"] <= 1, "nearly all of them have to meet a run"
 
@@ -137,6 +140,6 @@ def test_killed_at_random_moments(config_file: str, tiny_data: Path, tmp_path: P
 @pytest.mark.parametrize("config_file", STAGES)
 def test_killed_a_hundred_times(config_file: str, tiny_data: Path, tmp_path: Path) -> None:
     """The same, 100 kills at each stage."""
-    hit: Any = campaign(tiny_data, tmp_path, config_file, rounds=20, seed=1)
+    hit: Any = campaign(tiny_data, tmp_path, config_file, rounds=20, kills=5, seed=1)
     print(config_file, dict(hit))
     assert hit["ended"] <= 20

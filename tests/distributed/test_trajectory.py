@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ TOPOLOGIES = {
     "ZeRO 0 x2": ("zero1", ("--zero_stage", "0"), 4),
     "ZeRO 1 x2": ("zero1", (), 8),
     "ZeRO 2 x2": ("zero2", (), 4),
-    "ZeRO 3 x2": ("zero3", (), 2),
+    "ZeRO 3 x2": ("zero3", (), 4),
     "ZeRO 3 x4": ("zero3", ("--num_processes", "4"), 2),
     "ZeRO 2 offload x2": ("zero2_offload", (), 4),
     "ZeRO 3 offload x2": ("zero3_offload", (), 4),
@@ -32,7 +33,9 @@ TOPOLOGIES = {
 
 
 REFERENCE = "one, micro 8"
-POISONED = ("one, micro 8", "DDP x2", "ZeRO 0 x2", "ZeRO 1 x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 3 offload x2")
+SLOW = ("one, micro 2", "ZeRO 0 x2", "ZeRO 2 offload x2")
+"""What differs little from the others is for `make soak`."""
+POISONED = (REFERENCE, "DDP x2", "ZeRO 0 x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 2 offload x2")
 """Where the poisoned run is made."""
 BACK = (REFERENCE, "DDP x2", "ZeRO 2 x2", "ZeRO 3 x2", "ZeRO 2 offload x2")
 """Where the run that goes back is tried."""
@@ -40,9 +43,19 @@ PROFILED = "ZeRO 3 x2"
 """Where the run is profiled on its way."""
 KEPT = (REFERENCE, "DDP x2", "ZeRO 3 x2")
 """Where the run that keeps the features of its frozen branches is made."""
+MIXED = (REFERENCE, "ZeRO 2 x2", "ZeRO 3 x2")
+"""Where the run is made with all that the recipe adds to data and losses."""
+HALF = ("ZeRO 2 x2",)
+"""Where the run is made in bf16."""
 FORGOTTEN = (5, 17)
 """Rows whose features are lost in it: one rank runs the branches for them in each epoch, and ZeRO 3 needs all."""
-TWINS = {"poisoned": POISONED, "gone_back": BACK, "kept": KEPT}
+TWINS = {"poisoned": POISONED, "gone_back": BACK, "kept": KEPT, "mixed": MIXED, "half": HALF}
+
+
+def params(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
 # By number of the step: where in the global batch the sample stands that spoils it, and how. On two processes positions
 # 4 to 7 are the second one's, so each of these is met by one rank alone. Step 14 is an epoch's last and short.
 POISON = {3: (5, "pixels"), 14: (5, "label"), 15: (0, "label"), 27: (12, "pixels")}
@@ -102,7 +115,7 @@ def reference(runs: Runs) -> Path:
     return runs(REFERENCE)
 
 
-def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32") -> Path:
+def write(data: Path, folder: Path, name: str, run: str) -> Path:
     config_file, _, micro = TOPOLOGIES[name]
     folder.mkdir()
     values = tiny_values(data, folder)
@@ -110,7 +123,7 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     values["model"]["dropout"] = values["model"]["transformer"]["kwargs"]["drop_path_rate"] = 0.2
     # Once with loader processes, that live beside DeepSpeed's threads.
     values["data"]["workers"] = 1 if config_file == "zero2" else 0
-    values["train"] |= {"precision": precision, "micro_batch_size": micro}
+    values["train"] |= {"precision": "bf16" if run == "half" else "fp32", "micro_batch_size": micro}
     if name in RECOMPUTED:
         values["train"]["checkpoint_activations"] = ["cnn", "transformer"]
     if run == "tiny" and name == PROFILED:
@@ -121,6 +134,11 @@ def write(data: Path, folder: Path, name: str, run: str, precision: str = "fp32"
     if run == "kept":
         values["data"] |= {"workers": int(config_file == "ddp"), "mixup": 0.4}
         values["phases"] = [phase | {"steps": 6, "cache_features": 1} for phase in values["phases"][:2]]
+    if run == "mixed":
+        values["data"] |= {"balance": "airline", "mixup": 0.4, "cutmix": 1.0, "mix_prob": 0.6, "degrade": 0.5}
+        values["tasks"]["type"] |= {"smoothing": 0.1, "tail": "logit_adjusted"}
+        values["tasks"]["airline"] |= {"tail": "balanced"}
+        values["phases"] = [values["phases"][2] | {"steps": 6}]
     YAML().dump(values, folder / "config.yaml")
     return folder / "config.yaml"
 
@@ -148,7 +166,7 @@ def grad_norms(run: Path) -> list[float]:
 OTHERS = [name for name in TOPOLOGIES if name != REFERENCE]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", params(OTHERS))
 def test_same_trajectory(name: str, reference: Path, runs: Runs) -> None:
     """Catches: an order, an augmentation, a normalisation of the loss, a clipping or a schedule that knows ranks,
     micro batches or ZeRO stages; weights or optimizer state lost between phases."""
@@ -169,7 +187,7 @@ def test_same_trajectory(name: str, reference: Path, runs: Runs) -> None:
         assert have["val/clarity_mae"] == pytest.approx(want["val/clarity_mae"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("name", params(POISONED))
 def test_poisoned_steps_are_left_out(name: str, runs: Runs) -> None:
     """Catches: a bad sample on one rank that only this one hears of, that some backend lets touch weights or moments,
     or that is not named; a run that ends elsewhere for it than on one process, or far from a clean one."""
@@ -192,7 +210,7 @@ def test_poisoned_steps_are_left_out(name: str, runs: Runs) -> None:
     assert ends[-1] < cleans[0], "and it has learned"
 
 
-@pytest.mark.parametrize("name", BACK)
+@pytest.mark.parametrize("name", params(BACK))
 def test_going_back(name: str, runs: Runs) -> None:
     """Catches: ranks that go back to different places, an engine or a mean that does not come back with the weights; a
     streak that is not seen because it is over when a line is written, or behind which no checkpoint is left."""
@@ -252,7 +270,7 @@ def test_communication_is_told(name: str, runs: Runs) -> None:
     assert all(0 < share < 1 for _, share in shares)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", params(KEPT))
 def test_features_that_are_kept(name: str, runs: Runs) -> None:
     """Catches: ranks that read what another has not written yet, or find another's entries under their own rows; one
     that runs a branch whose weights ZeRO 3 gathers while the others read; files that stay."""
@@ -265,12 +283,28 @@ def test_features_that_are_kept(name: str, runs: Runs) -> None:
     assert not (run / "features").exists()
 
 
-def test_bf16_follows_on_zero2(reference: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in MIXED if name != REFERENCE])
+def test_mixed_and_balanced(name: str, runs: Runs) -> None:
+    """Catches: draws, partners, shares or new labels that know ranks or micro batches; a loss that is normalised by
+    the labels of a rank, or by their number where only parts of them count; a short last batch."""
+    run, one = runs(name, "mixed"), runs(REFERENCE, "mixed")
+    wants, haves = read_lines(one / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    assert len(haves) == len(wants) == 6
+    for want, have in zip(wants, haves, strict=True):
+        assert (have["sample_ids"], have["digest"]) == (want["sample_ids"], want["digest"])
+        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), have["step"]
+    for key in ("train/loss_type", "train/loss_airline", "train/loss_clarity", "train/grad_norm", "val/loss"):
+        want, have = ([line[key] for line in read_lines(each / "metrics.jsonl") if key in line] for each in (one, run))
+        assert have == pytest.approx(want, rel=1e-4), key
+    drawn = [row for line in wants[:4] for row in line["sample_ids"]]
+    assert len(drawn) == 56 > len(set(drawn)), "an epoch in which some rows come more than once"
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bf16_follows(name: str, runs: Runs) -> None:
     """Catches: an autocast that DeepSpeed does not get to see, or weights and moments that are bf16 too."""
-    config = write(tiny_data, tmp_path / "bf16", "ZeRO 2 x2", "tiny", precision="bf16")
-    launch("--config", str(config), config_file="zero2")
-    run = tmp_path / "bf16" / "runs" / "tiny"
-    wants, haves = read_lines(reference / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    run = runs(name, "half")
+    wants, haves = read_lines(runs(REFERENCE) / "trace.jsonl"), read_lines(run / "trace.jsonl")
     assert [line["digest"] for line in haves] == [line["digest"] for line in wants]
     differences = [abs(have["loss"] / want["loss"] - 1) for want, have in zip(wants, haves, strict=True)]
     assert 1e-7 < max(differences) < 0.02

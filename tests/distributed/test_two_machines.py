@@ -17,7 +17,7 @@ from tests.conftest import ROOT, environment, launch, tiny_values
 from tests.distributed.running import Running, expect_same_run
 
 HEAD = "10.213.77.1"
-SECONDS = 120
+SECONDS = 300
 """For a start of both on a busy machine."""
 
 

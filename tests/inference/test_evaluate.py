@@ -96,7 +96,7 @@ def test_on_two_processes(config_file: str, trained: Path, tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{config_file}.yaml",
          "-m", "hybrid_dist.cli", "evaluate", str(trained), "--json", "--out", str(tmp_path / "out.csv")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout[done.stdout.index("{") :]

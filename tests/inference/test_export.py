@@ -62,7 +62,7 @@ def test_the_card_is_enough(trained: Path, tiny_data: Path, tmp_path: Path, call
     blocked = "import sys\nsys.modules['hybrid_dist'] = None\n"
     done = subprocess.run(
         [sys.executable, "-c", blocked + source, small, large],
-        cwd=out, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=out, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -88,7 +88,7 @@ def test_a_cpu_without_bf16_answers_in_fp32(there: bool, tmp_path: Path, monkeyp
 def test_import_is_light() -> None:
     """Catches: `import hybrid_dist` that loads a framework."""
     code = "import hybrid_dist, sys; assert callable(hybrid_dist.load); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), timeout=300, check=False)
     assert done.returncode == 0
 
 
@@ -378,7 +378,7 @@ def test_standard_output(redirect: str, code: int, model: Path, photos: Path) ->
     command = f"{sys.executable} -m hybrid_dist.cli predict {model} {photos} --batch-size 1 --workers 0 {redirect}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
@@ -399,7 +399,7 @@ def test_interrupted_from_a_terminal(model: Path, photos: Path, tmp_path: Path) 
     while not (partial.exists() and partial.stat().st_size) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole group
-    _, heard = process.communicate(timeout=60)
+    _, heard = process.communicate(timeout=300)
     assert process.returncode == 130, heard
     assert "Traceback" not in heard
     assert not out.exists() and not partial.exists()

@@ -66,7 +66,7 @@ def test_where_weights_are_most(tiny_data: Path, tmp_path: Path) -> None:
     rates = dict.fromkeys(("cnn", "transformer", "fusion"), 1e-4) | {"heads": 1e-3}
     values["phases"] = [values["phases"][2] | {"lr": rates, "layer_decay": 0.7}]
     YAML().dump(values, tmp_path / "config.yaml")
-    for launch, row in measured(tmp_path / "config.yaml", "c", LAUNCHES, []).items():
+    for launch, row in measured(tmp_path / "config.yaml", "c", ["zero2", "zero3"], []).items():
         for want, have in zip(row["planned"], row["measured"], strict=True):
             assert {kind: have[kind] for kind in KINDS} == {kind: want[kind] for kind in KINDS}, launch
             assert want["peak"] == pytest.approx(have["peak"], rel=0.1), launch

@@ -576,7 +576,7 @@ def test_nobody_reads_it(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300, check=False
     )
     os.close(writer)
     assert done.returncode == 141, done.stderr

@@ -385,7 +385,7 @@ def test_in_a_browser(run: Path, ask: Callable[..., tuple[int, str, str]], tmp_p
             "--enable-logging=stderr", "--v=0", *theme, f"--window-size={width},1200", f"--screenshot={shot}",
             f"file://{run / 'report.html'}",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0
         assert "CONSOLE" not in done.stderr, done.stderr
         assert shot.stat().st_size > 20_000

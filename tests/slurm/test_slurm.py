@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster, Job, why_not
 TWO = ("--nodes=2",)
 STEPS = ("phases.0.steps=40",)
 """Long enough to be met on its way."""
-SECONDS = 240
+SECONDS = 480
 """For a job on a busy machine, its two starts of the framework among it."""
 
 

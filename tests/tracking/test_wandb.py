@@ -73,7 +73,7 @@ def plain(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = "import sys, train; code = train.main(); sys.exit('wandb' in sys.modules or code)"
     command = [sys.executable, "-c", code, "--config", str(config)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here: a CPU's sums depend on it
-    done = subprocess.run(command, cwd=ROOT, env=environment() | threads, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment() | threads, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "tiny"
 
@@ -87,7 +87,7 @@ def starts(run: Path) -> list[Path]:
 def inspect(folder: Path) -> list[dict[str, Any]]:
     """A folder's records, by wandb's own reader; once the run is over."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(command, env=environment(), timeout=60, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, (done.stderr, done.stdout[-1000:])
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -139,7 +139,7 @@ def test_killed_twice(tiny_data: Path, tmp_path: Path) -> None:
     for steps in (8, 19):
         began.append(time.time())
         with Running(config, run, "ddp") as training:
-            assert training.wait_for(f"{steps} steps", lambda: training.steps() >= steps, 60)  # noqa: B023
+            assert training.wait_for(f"{steps} steps", lambda: training.steps() >= steps)  # noqa: B023
             time.sleep(0.3)
             training.kill_all()
     began.append(time.time())
@@ -169,7 +169,7 @@ def expect_synced(run: Path, ids: set[str]) -> None:
         command = [sys.executable, "-m", "wandb", "sync", *map(str, starts(run))]
         variables = environment() | {"WANDB_BASE_URL": server.address, "WANDB_ERROR_REPORTING": "false"}
         variables.pop("WANDB_MODE")
-        done = subprocess.run(command, env=variables, timeout=60, capture_output=True, text=True)
+        done = subprocess.run(command, env=variables, timeout=300, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert server.runs == ids
         lines = read_lines(run / "metrics.jsonl")
@@ -382,7 +382,7 @@ def test_online(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with StandIn() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         with Running(config, run, None) as training:
-            assert training.wait_for("8 steps", lambda: training.steps() >= 8, 60)
+            assert training.wait_for("8 steps", lambda: training.steps() >= 8)
             training.kill_all()
         with Running(config, run, None) as training:
             assert training.end(60) == 0, training.tail()

@@ -150,7 +150,7 @@ def test_ranks_that_look_ahead_take_the_same_steps(tmp_path: Path) -> None:
     ranks = [spawn.Process(target=look_ahead_on, args=(rank, tmp_path, answers), daemon=True) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    found = dict(answers.get(timeout=120) for _ in ranks)
+    found = dict(answers.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0

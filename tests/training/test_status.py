@@ -63,7 +63,7 @@ for turn in range(300):
     def write(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", script, str(tmp_path), name]
         return subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
         )
 
     with ThreadPoolExecutor() as pool:
