@@ -35,6 +35,7 @@ def _train(stop: Stop) -> int:
         with ends_with_its_launcher():
             config, arguments = parse(None, "Train a run: what is left of its phases, or of one of them.")
             from hybrid_dist.distributed import leave, start
+            from hybrid_dist.machine import set_imports_aside
             from hybrid_dist.training.room import Again
             from hybrid_dist.training.run import run
 
@@ -42,6 +43,7 @@ def _train(stop: Stop) -> int:
             same = {**config.alike(), "--phase": arguments.phase, "--fresh": fresh}
             train = config.train
             topology = start(train.precision, train.stall_timeout, same, train.deterministic, train.compile)
+            set_imports_aside()
         try:
             code = run(config, topology, stop, arguments.phase, fresh)
         except Again:

@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from hybrid_dist.config import load_config
 from hybrid_dist.data.features import Stored
 from hybrid_dist.distributed import leave, start
+from hybrid_dist.machine import set_imports_aside
 from hybrid_dist.training import phase
 from hybrid_dist.training.run import run
 from hybrid_dist.training.stop import Stop
@@ -48,6 +49,7 @@ def main() -> int:
     configs = [load_config(path) for path in sys.argv[1:]]
     poisons, forgets = (json.loads(os.environ.get(name, "{}")) for name in ("POISON", "FORGET"))
     topology = start(configs[0].train.precision, configs[0].train.stall_timeout)
+    set_imports_aside()
     plain, code = phase.train_step, 0
     try:
         for config in configs:

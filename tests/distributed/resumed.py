@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hybrid_dist.config import load_config
 from hybrid_dist.distributed import leave, start
+from hybrid_dist.machine import set_imports_aside
 from hybrid_dist.training.run import run
 from hybrid_dist.training.stop import Stop
 
@@ -32,6 +33,7 @@ def main() -> int:
     step, paths = int(sys.argv[1]), sys.argv[2:]
     whole, again, *others = map(load_config, paths)
     topology = start(whole.train.precision, whole.train.stall_timeout, deterministic=whole.train.deterministic)
+    set_imports_aside()
     try:
         codes = [run(whole, topology, Stop(), None, False)]
         if topology.is_main:
