@@ -58,3 +58,36 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     faults, given_back = map(int, done.stdout.split())
     assert faults < 5000
     assert given_back > 150
+
+
+IMPORTS = """
+import gc
+import weakref
+import torch
+from hybrid_dist.machine import set_imports_aside
+
+class Circle:
+    def __init__(self):
+        self.own = self
+
+before = len(gc.get_objects())
+set_imports_aside()
+print(before - len(gc.get_objects()))
+circle = Circle()
+held = weakref.ref(circle)
+del circle
+set_imports_aside()
+gc.collect()
+print(held() is None)
+"""
+
+
+def test_collections_leave_imports_out() -> None:
+    """Catches: collections that go through all of torch; garbage of an earlier run that a later one's call keeps."""
+    words = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True, timeout=300
+    )
+    left_out, collected = done.stdout.split()
+    assert int(left_out) > 50_000
+    assert collected == "True"
