@@ -74,6 +74,7 @@ def test_every_way_to_ask_loses_nothing(tiny_data: Path, tmp_path: Path) -> None
     ask("SIGTERM", to_launcher(signal.SIGTERM))
     ask("SIGINT", to_launcher(signal.SIGINT), lambda training: is_writing(run))
     ask("launcher is gone", to_launcher(signal.SIGUSR1))
+    ask("STOP", lambda training: (run / "STOP").touch())
     # To one rank alone, and in a way that reaches its loader process too.
     ask("SIGUSR2", lambda training: training.ranks()[0].send_signal(signal.SIGUSR2))
     ask("SIGHUP", lambda training: [process.send_signal(signal.SIGHUP) for process in training.tree()] and None)
