@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,25 +53,20 @@ def write(data: Path, folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-class Writers:
-    """An uninterrupted run on each topology, made when it is first asked for."""
-
-    def __init__(self, data: Path, factory: pytest.TempPathFactory):
-        self.data, self.factory = data, factory
-        self._made: dict[str, Path] = {}
-
-    def __call__(self, topology: str) -> Path:
-        """The run's folder."""
-        if topology not in self._made:
-            config = write(self.data, self.factory.mktemp("writer"))
-            run_all(topology, [config])
-            self._made[topology] = config.parent / "runs" / "tiny"
-        return self._made[topology]
+Writers = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def writers(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Writers:
-    return Writers(tiny_data, tmp_path_factory)
+    """By topology an uninterrupted run, made when it is first asked for."""
+
+    @functools.cache
+    def made(topology: str) -> Path:
+        config = write(tiny_data, tmp_path_factory.mktemp("writer"))
+        run_all(topology, [config])
+        return config.parent / "runs" / "tiny"
+
+    return made
 
 
 def test_phases_as_jobs_are_bit_for_bit_one_run(writers: Writers, tiny_data: Path, tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_reference_sees_every_sample_once_an_epoch(reference: Path) -> None:
     assert len({line["digest"] for line in trace}) == 30
 
 
+def expect_same_steps(run: Path, expected: Path, count: int) -> None:
+    """The same samples and pixels in each of `count` steps, and the losses to 1e-5."""
+    wants, haves = read_lines(expected / "trace.jsonl"), read_lines(run / "trace.jsonl")
+    assert len(wants) == count
+    assert [(line["phase"], line["step"], line["sample_ids"], line["digest"]) for line in haves] == [
+        (line["phase"], line["step"], line["sample_ids"], line["digest"]) for line in wants
+    ]
+    for want, have in zip(wants, haves, strict=True):
+        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), f"step {want['step']}"
+
+
 def grad_norms(run: Path) -> list[float]:
     return [line["train/grad_norm"] for line in read_lines(run / "metrics.jsonl") if "train/grad_norm" in line]
 
@@ -171,12 +182,7 @@ def test_same_trajectory(name: str, reference: Path, runs: Runs) -> None:
     """Catches: an order, an augmentation, a normalisation of the loss, a clipping or a schedule that knows ranks,
     micro batches or ZeRO stages; weights or optimizer state lost between phases."""
     run = runs(name)
-    expected, found = read_lines(reference / "trace.jsonl"), read_lines(run / "trace.jsonl")
-    assert [(line["phase"], line["step"], line["sample_ids"], line["digest"]) for line in found] == [
-        (line["phase"], line["step"], line["sample_ids"], line["digest"]) for line in expected
-    ]
-    for want, have in zip(expected, found, strict=True):
-        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), f"{name}, step {want['step']}"
+    expect_same_steps(run, reference, 30)
     for want, have in zip(grad_norms(reference), grad_norms(run), strict=True):
         assert have == pytest.approx(want, rel=1e-4), "losses alone would not show a gradient that is off by a factor"
     wants = [line for line in read_lines(reference / "metrics.jsonl") if "val/score" in line]
@@ -270,16 +276,12 @@ def test_communication_is_told(name: str, runs: Runs) -> None:
     assert all(0 < share < 1 for _, share in shares)
 
 
-@pytest.mark.parametrize("name", params(KEPT))
+@pytest.mark.parametrize("name", KEPT)
 def test_features_that_are_kept(name: str, runs: Runs) -> None:
     """Catches: ranks that read what another has not written yet, or find another's entries under their own rows; one
     that runs a branch whose weights ZeRO 3 gathers while the others read; files that stay."""
-    run, one = runs(name, "kept"), runs(REFERENCE, "kept")
-    wants, haves = read_lines(one / "trace.jsonl"), read_lines(run / "trace.jsonl")
-    assert len(haves) == len(wants) == 12
-    for want, have in zip(wants, haves, strict=True):
-        assert (have["sample_ids"], have["digest"]) == (want["sample_ids"], want["digest"])
-        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), have["step"]
+    run = runs(name, "kept")
+    expect_same_steps(run, runs(REFERENCE, "kept"), 12)
     assert not (run / "features").exists()
 
 
@@ -288,15 +290,11 @@ def test_mixed_and_balanced(name: str, runs: Runs) -> None:
     """Catches: draws, partners, shares or new labels that know ranks or micro batches; a loss that is normalised by
     the labels of a rank, or by their number where only parts of them count; a short last batch."""
     run, one = runs(name, "mixed"), runs(REFERENCE, "mixed")
-    wants, haves = read_lines(one / "trace.jsonl"), read_lines(run / "trace.jsonl")
-    assert len(haves) == len(wants) == 6
-    for want, have in zip(wants, haves, strict=True):
-        assert (have["sample_ids"], have["digest"]) == (want["sample_ids"], want["digest"])
-        assert have["loss"] == pytest.approx(want["loss"], rel=1e-5), have["step"]
+    expect_same_steps(run, one, 6)
     for key in ("train/loss_type", "train/loss_airline", "train/loss_clarity", "train/grad_norm", "val/loss"):
         want, have = ([line[key] for line in read_lines(each / "metrics.jsonl") if key in line] for each in (one, run))
         assert have == pytest.approx(want, rel=1e-4), key
-    drawn = [row for line in wants[:4] for row in line["sample_ids"]]
+    drawn = [row for line in read_lines(one / "trace.jsonl")[:4] for row in line["sample_ids"]]
     assert len(drawn) == 56 > len(set(drawn)), "an epoch in which some rows come more than once"
 
 
